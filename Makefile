@@ -1,0 +1,36 @@
+# `make serve MODEL=path-or-name` starts a server, `make test` passes the tests; both install what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL ?=
+STAMP := $(VENV)/.installed
+
+.PHONY: install serve test unit check bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml native/CMakeLists.txt native/module.cpp native/cmake-args.sh
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	CMAKE_ARGS="$$(sh native/cmake-args.sh) $$CMAKE_ARGS" $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	touch $(STAMP)
+
+serve: install
+	$(BIN)/swarmcpp serve $(MODEL)
+
+test: install
+	$(BIN)/python -m pytest
+
+unit: install
+	$(BIN)/python -m pytest -m 'not e2e'
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python bench/serve.py
+
+clean:
+	rm -rf $(VENV) build

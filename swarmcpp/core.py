@@ -1,0 +1,261 @@
+"""The vocabulary that every layer shares: requests, events, plans, and the Protocols where siblings meet.
+
+Standard library only. Everything here is frozen: what crosses a module boundary is never mutated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+"""Why a generation ended: an end-of-generation token or stop string; or max_tokens or the slot's context."""
+
+EngineState = Literal["starting", "ready", "restarting", "failed", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Sampling of one request. Defaults and order of samplers are those of llama.cpp's server.
+
+    `seed` is always set (the API draws one when the client gives none), so that a request that an engine
+    lost can be resumed with the same random numbers.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    seed: int = 0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sequence to generate. `n` choices of the API are n of these.
+
+    `generated` holds tokens that an earlier engine already produced for this request: they are replayed, not
+    sampled again, and count against `max_tokens`.
+    """
+
+    id: str
+    model: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams = SamplingParams()
+    stop: tuple[str, ...] = ()
+    generated: tuple[int, ...] = ()
+    cache_salt: str = ""
+    deadline_s: float | None = None
+    """Seconds that the whole request may take, from admission; None: no limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one finished request. `cached_tokens` of the prompt were not computed again."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds by stage of one finished request; rates in tokens per second follow from Usage."""
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TextEvent:
+    """New text of a request. `text` is whole characters and never contains (part of) a stop string.
+
+    `text` may be empty while a character or a possible stop string is incomplete.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The one good end of a request."""
+
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+Event = TextEvent | Done
+"""What a stream of a request yields: TextEvents, then exactly one Done. A failure is raised as a SwarmError."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a node knows of the model that it serves; sizes in bytes, contexts in tokens."""
+
+    id: str
+    path: str
+    architecture: str
+    description: str
+    n_params: int
+    size_bytes: int
+    n_vocab: int
+    n_ctx_train: int
+    n_layers: int
+    created: int = 0
+    """Unix time of the file, for `created` in /v1/models."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of one engine, sent with every step's events; rates are moving averages in tokens/s."""
+
+    slots: int
+    slots_busy: int
+    waiting: int
+    prefill_tps: float = 0.0
+    decode_tps: float = 0.0
+    steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSnapshot:
+    """What /health, /metrics and the terminal view show of a node, at one moment."""
+
+    state: EngineState
+    detail: str
+    model: ModelInfo | None
+    slots: int
+    slots_busy: int
+    ctx_size: int
+    queued: int
+    running: int
+    restarts: int
+    prefill_tps: float
+    decode_tps: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message of a conversation, as the chat template sees it."""
+
+    role: str
+    content: str
+    name: str | None = None
+
+
+class TextCodec(Protocol):
+    """Text to tokens and back, for one model. Thread-safe; nothing is mutated."""
+
+    n_vocab: int
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Tokens of `text`; `add_special` adds BOS/EOS as the model wants them, `parse_special` reads
+        control tokens such as <|im_end|> from the text."""
+        ...
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that `token` adds to the visible text; empty for a control token."""
+        ...
+
+    def render_chat(self, messages: Sequence[ChatMessage], extra: dict[str, Any] | None = None) -> str:
+        """The conversation as the model's own template writes it, ready for the assistant's answer.
+
+        Raises BadRequest when the template refuses the conversation (roles out of order, say).
+        """
+        ...
+
+
+class Service(Protocol):
+    """What the API needs of a node. Called on the event loop's thread; no method blocks it."""
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """The models that can be asked for, the default first."""
+        ...
+
+    def snapshot(self) -> NodeSnapshot:
+        """State now; cheap enough for every scrape."""
+        ...
+
+    def limits(self) -> Limits:
+        """What a request may ask for at most, now."""
+        ...
+
+    async def tokenize_chat(
+        self, model: str, messages: Sequence[ChatMessage], extra: dict[str, Any] | None = None
+    ) -> tuple[int, ...]:
+        """Prompt tokens of a conversation. Raises UnknownModel, NotReady, BadRequest."""
+        ...
+
+    async def tokenize_text(self, model: str, text: str) -> tuple[int, ...]:
+        """Prompt tokens of a raw completion. Raises UnknownModel, NotReady."""
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+        """Admit `request` and stream its events. Closing the iterator cancels the work at once.
+
+        Raises, before the first event or instead of Done: QueueFull, PromptTooLong, UnknownModel, NotReady,
+        EngineFailed, Cancelled (deadline).
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one request on this node."""
+
+    ctx_size: int
+    """Tokens of prompt plus answer that one slot holds."""
+    n_vocab: int
+    max_choices: int = 16
+    """Largest `n`."""
+    max_stop: int = 16
+    """Most stop strings in one request."""
+    max_stop_bytes: int = 1024
+
+
+class Clock(Protocol):
+    """Monotonic seconds, injected wherever time decides something."""
+
+    def __call__(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """One running sequence takes part in a step with its last token."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """`count` prompt tokens of a slot, from `start`; `last` means that logits of its last row are wanted."""
+
+    slot: int
+    start: int
+    count: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one llama_decode computes. Decode rows come first (they share one short ubatch)."""
+
+    decode: tuple[DecodeRow, ...] = ()
+    prefill: tuple[PrefillChunk, ...] = ()
+    admit: tuple[tuple[str, int], ...] = field(default=())
+    """(request id, slot) pairs to move from waiting to a slot before the step."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.decode) + sum(chunk.count for chunk in self.prefill)
