@@ -6,7 +6,7 @@ Standard library only. Everything here is frozen: what crosses a module boundary
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
@@ -252,10 +252,60 @@ class StepPlan:
 
     decode: tuple[DecodeRow, ...] = ()
     prefill: tuple[PrefillChunk, ...] = ()
-    admit: tuple[tuple[str, int], ...] = field(default=())
-    """(request id, slot) pairs to move from waiting to a slot before the step."""
 
     @property
     def rows(self) -> int:
         """Rows of the batch."""
         return len(self.decode) + sum(chunk.count for chunk in self.prefill)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Consecutive rows of one slot: `tokens` at positions from `start`; `output` asks for the last one's logits."""
+
+    slot: int
+    start: int
+    tokens: Sequence[int]
+    output: bool
+
+
+class SamplerLike(Protocol):
+    """The sampler state of one request."""
+
+    def close(self) -> None:
+        """Free it."""
+        ...
+
+
+class Backend(Protocol):
+    """One model with its context, as the engine loop drives it. Used by one thread."""
+
+    n_slots: int
+    n_ctx: int
+    """Tokens that one slot holds."""
+    max_rows: int
+    """Rows of one `decode` at most."""
+    eog_tokens: frozenset[int]
+
+    def sampler(self, request: GenerateRequest) -> SamplerLike:
+        """A sampler that goes on after `request.generated`."""
+        ...
+
+    def decode(self, rows: Sequence[Rows]) -> None:
+        """Compute rows; their KV is appended to their slots.
+
+        Raises DecodeAborted (some rows may be in the KV: truncate before going on) and DecodeFailed (unusable).
+        """
+        ...
+
+    def sample(self, sampler: SamplerLike, slot: int) -> int:
+        """The next token after the last row of `slot` in the last decode, which must have asked for output."""
+        ...
+
+    def truncate(self, slot: int, n_past: int) -> None:
+        """Forget the slot's positions from `n_past`."""
+        ...
+
+    def length(self, slot: int) -> int:
+        """Tokens in the slot's KV."""
+        ...

@@ -13,6 +13,8 @@
     ├── QueueFull                  429  queue_full           `retry_after` in seconds
     ├── Cancelled                  499  cancelled            the client left or the deadline passed
     ├── EngineFailed               500  engine_failed        an engine died and the request cannot go on
+    │   └── DecodeFailed           500  decode_failed        llama_decode failed for good; its context is unusable
+    ├── DecodeAborted              500  decode_aborted       the abort flag stopped a step; internal to an engine
     ├── NotReady                   503  not_ready            no engine is ready yet, or none will be
     ├── StartupError               exit code 2               what the user must change before `serve` can start
     │   ├── BadModel                    damaged, wrong or unsupported GGUF
@@ -107,6 +109,14 @@ class Cancelled(SwarmError):
 
 class EngineFailed(SwarmError):
     code = "engine_failed"
+
+
+class DecodeFailed(EngineFailed):
+    code = "decode_failed"
+
+
+class DecodeAborted(SwarmError):
+    code = "decode_aborted"
 
 
 class NotReady(SwarmError):

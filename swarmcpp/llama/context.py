@@ -1,0 +1,163 @@
+"""Owners of a llama.cpp model, its context and its batch."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as c
+
+import numpy as np
+
+from swarmcpp.errors import DecodeAborted, DecodeFailed, NotEnoughMemory
+from swarmcpp.llama import lib
+from swarmcpp.llama.vocab import Vocab
+
+N_UBATCH = 512
+"""Rows that one graph computes at most; also n_batch, since more rows than n_batch kill llama.cpp."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContextOptions:
+    """`n_ctx` is per sequence, `abort_callback` and `abort_data` are addresses (0: none)."""
+
+    n_ctx: int
+    n_seqs: int
+    n_threads: int
+    abort_callback: int = 0
+    abort_data: int = 0
+
+
+class Model:
+    """A loaded model. Close after every context on it."""
+
+    def __init__(self, path: Path, *, use_extra_bufts: bool, progress: Callable[[float], None] | None = None) -> None:
+        self.pointer: Any = lib.load_model(path, use_extra_bufts=use_extra_bufts, vocab_only=False, progress=progress)
+        self.vocab = Vocab(self.pointer)
+
+    def close(self) -> None:
+        """Free the weights."""
+        if self.pointer:
+            c.llama_model_free(self.pointer)
+            self.pointer = None
+
+
+class Context:
+    """A llama.cpp context with one KV stream per sequence, and the batch that feeds it.
+
+    Not thread-safe. Streams (`kv_unified = false`) keep a sequence's logits bit-identical whatever runs beside it.
+    """
+
+    def __init__(self, model: Model, options: ContextOptions) -> None:
+        params = c.llama_context_default_params()
+        params.n_ctx = options.n_ctx * options.n_seqs
+        params.n_seq_max = options.n_seqs
+        params.n_batch = params.n_ubatch = N_UBATCH
+        # One row of logits per sequence: without this bound the output buffer is n_batch x n_vocab floats.
+        params.n_outputs_max = options.n_seqs
+        params.n_threads = params.n_threads_batch = options.n_threads
+        params.kv_unified = False
+        # Not AUTO: the choice would depend on the device, and the KV layout with it.
+        params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.offload_kqv = False
+        params.op_offload = False
+        params.no_perf = True
+        if options.abort_callback:
+            params.abort_callback = c.ggml_abort_callback(options.abort_callback)
+            params.abort_callback_data = ctypes.c_void_p(options.abort_data)
+        lib.recent_errors()
+        pointer = c.llama_init_from_model(model.pointer, params)
+        if not pointer:
+            raise NotEnoughMemory(
+                f"llama.cpp cannot create a context of {options.n_seqs} slots x {options.n_ctx} tokens: "
+                f"{lib.recent_errors() or 'no reason given'}; try a smaller --ctx-size or fewer --slots"
+            )
+        self.pointer: Any = pointer
+        self.n_seqs = options.n_seqs
+        self._n_vocab = model.vocab.n_vocab
+        self.n_ctx: int = c.llama_n_ctx_seq(pointer)
+        self._memory = c.llama_get_memory(pointer)
+        self.batch = Batch(N_UBATCH)
+
+    def decode(self) -> None:
+        """Compute the rows of `self.batch`. Raises DecodeAborted, DecodeFailed."""
+        code = c.llama_decode(self.pointer, self.batch.struct)
+        if code == 0:
+            return
+        if code == 2:
+            raise DecodeAborted("the step was aborted")
+        reason = lib.recent_errors() or "no reason given"
+        raise DecodeFailed(f"llama_decode returned {code} on {self.batch.count} rows: {reason}")
+
+    def logits(self, row: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        """A copy of the logits of batch row `row` of the last decode, shape (n_vocab,)."""
+        pointer = c.llama_get_logits_ith(self.pointer, row)
+        return np.ctypeslib.as_array(pointer, shape=(self._n_vocab,)).copy()
+
+    def truncate(self, seq: int, n_past: int) -> None:
+        """Forget positions from `n_past` of a sequence; 0 empties it."""
+        if not c.llama_memory_seq_rm(self._memory, seq, n_past, -1):
+            c.llama_memory_seq_rm(self._memory, seq, -1, -1)
+            raise DecodeFailed(f"llama.cpp cannot truncate sequence {seq} to {n_past} tokens")
+
+    def length(self, seq: int) -> int:
+        """Tokens that llama.cpp holds of a sequence."""
+        return int(c.llama_memory_seq_pos_max(self._memory, seq)) + 1
+
+    def close(self) -> None:
+        """Free the KV memory and buffers."""
+        if self.pointer:
+            c.llama_free(self.pointer)
+            self.pointer = None
+
+
+class Batch:
+    """The rows of one llama_decode: token, position, sequence, and whether its logits are wanted.
+
+    Arrays of length `capacity` that llama.cpp reads in place; int32 tokens, positions and sequence ids.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.count = 0
+        self._tokens = np.zeros(capacity, np.int32)
+        self._positions = np.zeros(capacity, np.int32)
+        self._seqs = np.zeros(capacity, np.int32)
+        self._n_seqs = np.ones(capacity, np.int32)
+        self._outputs = np.zeros(capacity, np.int8)
+        seq_base = self._seqs.ctypes.data
+        self._seq_pointers = np.arange(seq_base, seq_base + 4 * capacity, 4, dtype=np.uint64)
+        self._struct = c.llama_batch()
+        self._struct.token = self._tokens.ctypes.data_as(ctypes.POINTER(c.llama_token))
+        self._struct.pos = self._positions.ctypes.data_as(ctypes.POINTER(c.llama_pos))
+        self._struct.n_seq_id = self._n_seqs.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        self._struct.seq_id = ctypes.cast(
+            self._seq_pointers.ctypes.data, ctypes.POINTER(ctypes.POINTER(c.llama_seq_id))
+        )
+        self._struct.logits = self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+
+    @property
+    def struct(self) -> Any:
+        """The llama_batch; valid until the batch changes."""
+        self._struct.n_tokens = self.count
+        return self._struct
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.count = 0
+
+    def add(self, seq: int, start: int, tokens: Sequence[int], *, output_last: bool) -> int:
+        """Append `tokens` of a sequence from position `start`; the index of its last row is returned."""
+        begin, end = self.count, self.count + len(tokens)
+        if end > self.capacity:
+            raise ValueError(f"{end} rows do not fit into a batch of {self.capacity}")
+        self._tokens[begin:end] = tokens
+        self._positions[begin:end] = np.arange(start, start + len(tokens))
+        self._seqs[begin:end] = seq
+        self._outputs[begin:end] = 0
+        self._outputs[end - 1] = output_last
+        self.count = end
+        return end - 1

@@ -1,0 +1,98 @@
+"""llama.cpp's C functions (the ctypes tier of llama-cpp-python) and its log.
+
+`Llama` and `_internals` of that package are not used: they turn every return code of decode into one error, start every
+batch at position 0, and print from a log callback.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as c
+
+from swarmcpp.errors import BadModel
+
+logger = logging.getLogger(__name__)
+
+_GGML_LOG_WARN = 3
+_GGML_LOG_ERROR = 4
+_recent: deque[str] = deque(maxlen=20)
+
+
+def _on_log(level: int, text: bytes, _user_data: Any) -> None:
+    line = text.decode("utf-8", "replace").strip()
+    if not line:
+        return
+    if level == _GGML_LOG_ERROR:
+        _recent.append(line)
+    logger.log(logging.INFO if level >= _GGML_LOG_WARN else logging.DEBUG, "llama.cpp: %s", line)
+
+
+# Kept for the life of the process: llama.cpp holds the pointer.
+_log_callback = c.llama_log_callback(_on_log)
+_started = False
+
+
+def start() -> None:
+    """Initialise llama.cpp's backends once per process, with its log going to `logging`."""
+    global _started
+    if not _started:
+        c.llama_log_set(_log_callback, ctypes.c_void_p(0))
+        c.llama_backend_init()
+        _started = True
+
+
+def recent_errors() -> str:
+    """llama.cpp's own last error lines since the last call, as one line; what a failed load has to say."""
+    text = "; ".join(dict.fromkeys(_recent))
+    _recent.clear()
+    return text
+
+
+def library_path() -> Path:
+    """The directory of the llama.cpp libraries that are loaded."""
+    return Path(c.__file__).parent / "lib"
+
+
+def version() -> str:
+    """Version of the llama-cpp-python package whose llama.cpp is loaded."""
+    from importlib.metadata import version as package_version
+
+    return package_version("llama-cpp-python")
+
+
+def system_info() -> str:
+    """llama.cpp's one-line description of the CPU features that it was compiled for."""
+    return bytes(c.llama_print_system_info()).decode("utf-8", "replace").strip()
+
+
+def load_model(path: Path, *, use_extra_bufts: bool, vocab_only: bool, progress: Any = None) -> Any:
+    """A llama_model pointer. `progress` is a callable of one float in 0..1, called while the weights load.
+
+    Raises BadModel with llama.cpp's own words when it cannot load the file.
+    """
+    start()
+    params = c.llama_model_default_params()
+    params.n_gpu_layers = 0
+    params.use_extra_bufts = use_extra_bufts
+    params.vocab_only = vocab_only
+    keep = None
+    if progress is not None:
+
+        def on_progress(fraction: float, _user_data: Any) -> bool:
+            progress(fraction)
+            return True
+
+        keep = c.llama_progress_callback(on_progress)
+        params.progress_callback = keep
+    recent_errors()
+    pointer = c.llama_model_load_from_file(str(path).encode(), params)
+    del keep
+    if not pointer:
+        reason = recent_errors() or "llama.cpp gave no reason"
+        raise BadModel(f"{path}: llama.cpp cannot load this model: {reason}")
+    return pointer

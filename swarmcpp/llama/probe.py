@@ -1,0 +1,239 @@
+"""Which llama.cpp kernels are safe on this CPU: tried in child processes, because a wrong one kills its process.
+
+Background: llama.cpp built by gcc 12 dies in `ldtilecfg` at the first quantised matmul on CPUs with AMX (llama.cpp PR
+26954). Turning extra buffer types off avoids such kernels at run time, at the price of the repacked ones. So each
+candidate, fastest first, computes a tiny quantised model in a process of its own; the first that lives and agrees with
+the plain kernels is chosen, and the answer is remembered for this CPU, library build and boot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from swarmcpp.hardware import read_hardware
+from swarmcpp.models.synthetic import TINY, write_model
+
+TIMEOUT_S = 60.0
+"""A tiny model takes under a second; a child that hangs counts as crashed."""
+
+QUANTS = ("Q8_0", "Q4_0")
+"""The two layouts that have repacked and AMX kernels; K-quants share their code paths."""
+
+MAX_DEVIATION = 0.05
+"""Share of the logits' spread by which candidates may differ: kernels round differently, wrong ones are far off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way to load weights, by name."""
+
+    name: str
+    use_extra_bufts: bool
+
+
+CANDIDATES = (Candidate("repacked", use_extra_bufts=True), Candidate("plain", use_extra_bufts=False))
+"""Fastest first. The last one is the reference that the others are compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateResult:
+    """How one candidate fared; `detail` says why not when `ok` is False."""
+
+    candidate: Candidate
+    ok: bool
+    detail: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport:
+    """The choice and what it rests on. `cached`: read from an earlier probe of the same CPU, library and boot."""
+
+    chosen: Candidate
+    results: tuple[CandidateResult, ...]
+    cpu: str
+    library: str
+    cached: bool
+    llama_version: str
+    system_info: str
+
+
+def probe(
+    data_dir: Path,
+    *,
+    force: bool = False,
+    command: Sequence[str] = (sys.executable, "-m", "swarmcpp.llama.probe"),
+) -> ProbeReport:
+    """Choose a candidate, from the cache when it still applies. Never raises on a crashing kernel.
+
+    When every candidate fails, the plain one is chosen and its result says so: loading will then report the failure.
+    """
+    hardware = read_hardware()
+    library = _library_id()
+    key = hashlib.sha256(f"{hardware.cpu_model}|{library}|{hardware.boot_id}".encode()).hexdigest()[:16]
+    cache = data_dir / "probe" / f"{key}.json"
+    if not force and (known := _read(cache)):
+        return known
+    report = _run_all(tuple(command), hardware.cpu_model, library)
+    _write(cache, report)
+    return report
+
+
+def _run_all(command: tuple[str, ...], cpu: str, library: str) -> ProbeReport:
+    runs = {candidate: _run_child(command, candidate) for candidate in CANDIDATES}
+    reference = runs[CANDIDATES[-1]]
+    results: list[CandidateResult] = []
+    for candidate, run in runs.items():
+        detail = run.problem or _disagreement(run.logits, reference.logits)
+        results.append(CandidateResult(candidate, not detail, detail, run.seconds))
+    chosen = next((result.candidate for result in results if result.ok), CANDIDATES[-1])
+    info = next((run.system_info for run in runs.values() if run.system_info), "")
+    llama = next((run.version for run in runs.values() if run.version), "")
+    return ProbeReport(chosen, tuple(results), cpu, library, False, llama, info)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    problem: str
+    logits: dict[str, list[float]]
+    seconds: float
+    version: str = ""
+    system_info: str = ""
+
+
+def _run_child(command: tuple[str, ...], candidate: Candidate) -> _Run:
+    try:
+        child = subprocess.run(
+            [*command, "1" if candidate.use_extra_bufts else "0"],
+            capture_output=True,
+            timeout=TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return _Run(f"did not finish within {TIMEOUT_S:.0f} s", {}, TIMEOUT_S)
+    if child.returncode:
+        last = child.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
+        return _Run(f"{_exit_name(child.returncode)} {' '.join(last)}".strip(), {}, 0.0)
+    try:
+        answer = json.loads(child.stdout.splitlines()[-1])
+        return _Run("", answer["logits"], answer["seconds"], answer["version"], answer["system_info"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        return _Run("answered nonsense", {}, 0.0)
+
+
+def _exit_name(code: int) -> str:
+    import signal
+
+    try:
+        return f"died of {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    except ValueError:
+        return f"died of signal {-code}"
+
+
+def _disagreement(logits: dict[str, list[float]], reference: dict[str, list[float]]) -> str:
+    """Why `logits` are not the reference's, by quantisation; empty when they agree or there is no reference."""
+    for quant, expected in reference.items():
+        got = logits.get(quant, [])
+        if len(got) != len(expected):
+            return f"{quant}: {len(got)} logits instead of {len(expected)}"
+        spread = max(expected) - min(expected)
+        worst = max(abs(a - b) for a, b in zip(got, expected, strict=True))
+        # Written so that NaN fails too.
+        if not worst <= MAX_DEVIATION * spread:
+            return f"{quant}: logits differ by {worst:.3g} of a spread of {spread:.3g}"
+    return ""
+
+
+def _library_id() -> str:
+    """Version, size and time of the llama.cpp libraries, without loading them."""
+    from importlib.metadata import files, version
+    from importlib.util import find_spec
+
+    spec = find_spec("llama_cpp")
+    directory = Path(spec.origin).parent / "lib" if spec and spec.origin else None
+    parts = [version("llama-cpp-python")]
+    if directory and directory.is_dir():
+        parts += [
+            f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in sorted(directory.iterdir())
+        ]
+    elif found := files("llama-cpp-python"):
+        parts.append(str(len(found)))
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> ProbeReport | None:
+    try:
+        raw = json.loads(path.read_text())
+        results = tuple(
+            CandidateResult(Candidate(**entry["candidate"]), entry["ok"], entry["detail"], entry["seconds"])
+            for entry in raw["results"]
+        )
+        return ProbeReport(
+            chosen=Candidate(**raw["chosen"]),
+            results=results,
+            cpu=raw["cpu"],
+            library=raw["library"],
+            cached=True,
+            llama_version=raw["llama_version"],
+            system_info=raw["system_info"],
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path: Path, report: ProbeReport) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps(asdict(report)))
+        scratch.replace(path)
+    except OSError:
+        # A data directory that cannot be written costs a second at the next start, no more.
+        return
+
+
+def _child(use_extra_bufts: bool) -> None:
+    """Compute tiny models with one candidate and print their logits as JSON: one row alone, then 40 rows at once."""
+    import time
+
+    import numpy as np
+
+    from swarmcpp.core import Rows
+    from swarmcpp.llama import lib
+    from swarmcpp.llama.backend import LlamaBackend
+    from swarmcpp.llama.context import Context, ContextOptions, Model
+
+    begun = time.monotonic()
+    logits: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="swarmcpp-probe-") as directory:
+        for quant in QUANTS:
+            path = write_model(Path(directory) / f"{quant}.gguf", TINY, quant=quant, tokenizer="none")
+            model = Model(path, use_extra_bufts=use_extra_bufts)
+            context = Context(model, ContextOptions(n_ctx=256, n_seqs=1, n_threads=2))
+            backend = LlamaBackend(model, context)
+            backend.decode([Rows(0, 0, [1], output=True)])
+            one = backend.logits(0)
+            backend.decode([Rows(0, 1, [2 + i % 50 for i in range(40)], output=True)])
+            logits[quant] = np.concatenate([one, backend.logits(0)]).astype(float).round(5).tolist()
+            context.close()
+            model.close()
+    answer = {
+        "logits": logits,
+        "seconds": time.monotonic() - begun,
+        "version": lib.version(),
+        "system_info": lib.system_info(),
+    }
+    sys.stdout.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    _child(sys.argv[1] == "1")

@@ -1,0 +1,377 @@
+"""A node's side of its engine: start it, feed it, and when it dies start it again and resume what ran there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+import tempfile
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from swarmcpp.core import EngineState, EngineStats, GenerateRequest
+from swarmcpp.engine.abortflag import AbortFlag
+from swarmcpp.errors import EngineFailed, NotReady, StartupError, SwarmError, revive
+from swarmcpp.swarm.link import NodeLink
+from swarmcpp.wire import Cancel, EngineOptions, Fault, Load, LoadProgress, Ready, StepOut, Stop, Submit, TokenOut
+
+logger = logging.getLogger(__name__)
+
+MAX_CRASHES = 3
+"""Deaths of its own making, without a token in between, after which a model (or one request) is given up."""
+
+MAX_KILLS = 10
+"""The same for deaths by SIGKILL or SIGTERM: somebody else's doing, the OOM killer's perhaps, and worth more tries."""
+
+BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Pause before the n-th restart in a row. The first is immediate: readers are waiting in mid-sentence."""
+
+STOP_GRACE_S = 3.0
+
+_EXTERNAL = {-int(signal.SIGTERM), -int(getattr(signal, "SIGKILL", signal.SIGTERM))}
+
+
+class EngineStream:
+    """One request on the engine, across as many engine processes as it takes.
+
+    `async for` yields a TokenOut per token, in order, each token once; after the one with `finish` it ends. An error
+    that ends the request is raised instead. Not more than `request.max_tokens` entries are ever buffered.
+    """
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self.request = request
+        self.serial = 0
+        self.tokens: list[int] = list(request.generated)
+        self.finished = False
+        self.deaths = 0
+        self.ready: deque[TokenOut] = deque()
+        self.error: SwarmError | None = None
+        self.wake = asyncio.Event()
+
+    def push(self, out: TokenOut) -> None:
+        """Take a token from the engine."""
+        self.deaths = 0
+        self.tokens.append(out.token)
+        self.ready.append(out)
+        self.finished = out.finish is not None
+        self.wake.set()
+
+    def fail(self, error: SwarmError) -> None:
+        """End the request with `error`."""
+        self.error = error
+        self.finished = True
+        self.wake.set()
+
+    async def __aiter__(self) -> AsyncIterator[TokenOut]:
+        while True:
+            while self.ready:
+                out = self.ready.popleft()
+                yield out
+                if out.finish is not None:
+                    return
+            if self.error is not None:
+                raise self.error
+            self.wake.clear()
+            await self.wake.wait()
+
+
+@dataclass(slots=True)
+class Incarnation:
+    """One engine process and what belongs to it alone."""
+
+    process: asyncio.subprocess.Process
+    link: NodeLink
+    abort: AbortFlag
+    directory: tempfile.TemporaryDirectory[str]
+    stderr: deque[str] = field(default_factory=lambda: deque(maxlen=30))
+
+    def close(self) -> None:
+        """Release everything but the process."""
+        self.link.close()
+        self.abort.close()
+        self.directory.cleanup()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """State of the supervised engine. `detail` says why it is not ready; `pid` is 0 when none runs."""
+
+    state: EngineState = "starting"
+    detail: str = ""
+    load_fraction: float = 0.0
+    ctx_size: int = 0
+    slots: int = 0
+    resident_bytes: int = 0
+    restarts: int = 0
+    pid: int = 0
+
+
+class EngineSupervisor:
+    """Keeps one engine alive. Every method runs on the event loop of `start`."""
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        *,
+        on_change: Callable[[EngineStatus], None] = lambda _status: None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        command: tuple[str, ...] = (sys.executable, "-m", "swarmcpp.worker"),
+    ) -> None:
+        self._options = options
+        self._on_change = on_change
+        self._sleep = sleep
+        self._command = command
+        self._streams: dict[int, EngineStream] = {}
+        self._serial = 0
+        self._deaths = 0
+        self._incarnation: Incarnation | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._fault: SwarmError | None = None
+        self.status = EngineStatus()
+        self.stats = EngineStats(slots=options.slots, slots_busy=0, waiting=0)
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to load the model; `wait_ready` tells how it went."""
+        self._task = asyncio.create_task(self._run(), name="engine supervisor")
+
+    async def wait_ready(self) -> None:
+        """Return once the engine is ready. Raises the StartupError or EngineFailed that says why it never will be."""
+        while self.status.state != "ready":
+            if self.status.state in ("failed", "stopped"):
+                raise self._fault or NotReady("the engine was stopped")
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def close(self) -> None:
+        """Stop the engine; unfinished streams fail with NotReady."""
+        self._set(state="stopped", detail="shutting down")
+        self._fail_all(NotReady("this node is shutting down"))
+        if self._incarnation:
+            await self._end(self._incarnation)
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def _set(self, **changes: object) -> None:
+        self.status = replace(self.status, **changes)  # type: ignore[arg-type]
+        self._changed.set()
+        self._on_change(self.status)
+
+    async def _run(self) -> None:
+        """Launch engines, one after another, until one is told to stop or nothing more can be tried."""
+        try:
+            while self.status.state not in ("stopped", "failed"):
+                await self._sleep(BACKOFF_S[min(self._deaths, len(BACKOFF_S) - 1)])
+                incarnation = self._incarnation = await self._launch()
+                try:
+                    code = await self._attend(incarnation)
+                finally:
+                    self._incarnation = None
+                    incarnation.close()
+                if self.status.state != "stopped":
+                    self._after_death(code, incarnation)
+        except Exception as error:  # noqa: BLE001 - the task's root: whatever happens, no stream may hang
+            logger.exception("the engine supervisor failed")
+            self._give_up(EngineFailed(f"the engine supervisor failed: {error}"))
+
+    async def _launch(self) -> Incarnation:
+        directory = tempfile.TemporaryDirectory(prefix="swarmcpp-", ignore_cleanup_errors=True)
+        abort_file = Path(directory.name) / "abort"
+        abort = AbortFlag(abort_file, create=True)
+        link = NodeLink()
+        process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            # Ctrl-C belongs to the node, which then stops the engine in order.
+            start_new_session=sys.platform != "win32",
+        )
+        incarnation = Incarnation(process, link, abort, directory)
+        if process.stdin:
+            ticket = {**link.ticket, "abort_file": str(abort_file)}
+            with contextlib.suppress(ConnectionError):
+                process.stdin.write(json.dumps(ticket).encode() + b"\n")
+                await process.stdin.drain()
+        self._set(pid=process.pid)
+        return incarnation
+
+    async def _attend(self, incarnation: Incarnation) -> int:
+        """Handle an engine's messages until it exits; its exit code."""
+        pump = asyncio.create_task(self._pump(incarnation), name="engine messages")
+        errors = asyncio.create_task(self._collect_stderr(incarnation), name="engine stderr")
+        try:
+            exited = asyncio.create_task(incarnation.process.wait())
+            await asyncio.wait({exited, pump}, return_when=asyncio.FIRST_COMPLETED)
+            if not exited.done():
+                # The pump ended first: a frame that is none of ours. Such an engine cannot be trusted with more.
+                incarnation.process.kill()
+            code = await exited
+            await asyncio.wait({errors}, timeout=1.0)
+            return code
+        finally:
+            pump.cancel()
+            errors.cancel()
+            await asyncio.gather(pump, errors, return_exceptions=True)
+            if incarnation.process.returncode is None:
+                incarnation.process.kill()
+                await incarnation.process.wait()
+
+    async def _end(self, incarnation: Incarnation) -> None:
+        with contextlib.suppress(EngineFailed):
+            incarnation.link.send(Stop())
+        try:
+            await asyncio.wait_for(incarnation.process.wait(), STOP_GRACE_S)
+        except TimeoutError:
+            incarnation.process.kill()
+            await incarnation.process.wait()
+
+    async def _collect_stderr(self, incarnation: Incarnation) -> None:
+        if incarnation.process.stderr is None:
+            return
+        async for line in incarnation.process.stderr:
+            text = line.decode("utf-8", "replace").rstrip()
+            incarnation.stderr.append(text)
+            logger.debug("engine: %s", text)
+
+    # -- messages ------------------------------------------------------------------------------------------------
+
+    async def _pump(self, incarnation: Incarnation) -> None:
+        introduced = False
+        while True:
+            message = await incarnation.link.receive()
+            if not introduced:
+                introduced = True
+                incarnation.link.send(Load(options=self._options))
+            match message:
+                case StepOut():
+                    self._on_step(message)
+                case LoadProgress(fraction=fraction):
+                    self._set(load_fraction=fraction)
+                case Ready():
+                    self._on_ready(incarnation, message)
+                case Fault(code=code, message=text):
+                    self._fault = revive(code, text)
+
+    def _on_ready(self, incarnation: Incarnation, ready: Ready) -> None:
+        self._set(
+            state="ready",
+            detail="",
+            load_fraction=1.0,
+            ctx_size=ready.ctx_size,
+            slots=ready.slots,
+            resident_bytes=ready.resident_bytes,
+        )
+        streams, self._streams = list(self._streams.values()), {}
+        for stream in streams:
+            self._place(incarnation, stream)
+
+    def _on_step(self, step: StepOut) -> None:
+        self.stats = step.stats
+        if step.tokens:
+            self._deaths = 0
+        for out in step.tokens:
+            stream = self._streams.get(out.serial)
+            if stream is None:
+                continue
+            stream.push(out)
+            if out.finish is not None:
+                del self._streams[out.serial]
+        for refusal in step.refused:
+            if stream := self._streams.pop(refusal.serial, None):
+                stream.fail(revive(refusal.code, refusal.message))
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> int:
+        """Requests that are waiting or running."""
+        return len(self._streams)
+
+    def submit(self, request: GenerateRequest) -> EngineStream:
+        """Queue a request; while an engine restarts it waits for the next one. Raises NotReady, EngineFailed."""
+        if self.status.state in ("failed", "stopped"):
+            raise NotReady(self.status.detail or "the engine is not running")
+        stream = EngineStream(request)
+        if self._incarnation and self.status.state == "ready":
+            self._place(self._incarnation, stream)
+        else:
+            self._serial += 1
+            self._streams[self._serial] = stream
+        return stream
+
+    def _place(self, incarnation: Incarnation, stream: EngineStream) -> None:
+        """Give a stream to this engine under a new serial, from where it stands."""
+        self._serial += 1
+        stream.serial = self._serial
+        self._streams[self._serial] = stream
+        incarnation.link.send(
+            Submit(serial=self._serial, request=replace(stream.request, generated=tuple(stream.tokens)))
+        )
+
+    def cancel(self, stream: EngineStream) -> None:
+        """Drop a request at once; a prompt in the middle of a step is aborted. Finished streams are ignored."""
+        stream.finished = True
+        self._streams = {serial: other for serial, other in self._streams.items() if other is not stream}
+        if stream.serial and self._incarnation and self.status.state == "ready":
+            with contextlib.suppress(EngineFailed):
+                self._incarnation.link.send(Cancel(serial=stream.serial))
+            self._incarnation.abort.abort_prompt(stream.serial)
+
+    # -- deaths --------------------------------------------------------------------------------------------------
+
+    def _after_death(self, code: int, incarnation: Incarnation) -> None:
+        """Decide what an exit means: restart, or give up."""
+        self.stats = EngineStats(slots=self._options.slots, slots_busy=0, waiting=0)
+        if self._fault and isinstance(self._fault, StartupError):
+            self._give_up(self._fault)
+            return
+        self._deaths += 1
+        limit = MAX_KILLS if code in _EXTERNAL else MAX_CRASHES
+        reason = _describe_exit(code, incarnation.stderr, self._fault)
+        self._fault = None
+        logger.warning("the engine died (%s); death %d of %d in a row", reason, self._deaths, limit)
+        if self._deaths >= limit:
+            self._give_up(
+                EngineFailed(
+                    f"{self._options.model_path}: this model killed its engine {self._deaths} times in a row "
+                    f"({reason}); it is not tried again. `swarmcpp doctor` checks this machine"
+                )
+            )
+            return
+        for serial, stream in list(self._streams.items()):
+            stream.deaths += 1
+            if stream.deaths >= limit:
+                del self._streams[serial]
+                stream.fail(EngineFailed(f"the engine died {stream.deaths} times on this request ({reason})"))
+        self._set(state="restarting", detail=reason, restarts=self.status.restarts + 1, pid=0, load_fraction=0.0)
+
+    def _give_up(self, error: SwarmError) -> None:
+        self._fault = error
+        self._fail_all(error if not isinstance(error, StartupError) else NotReady(str(error)))
+        self._set(state="failed", detail=str(error), pid=0)
+
+    def _fail_all(self, error: SwarmError) -> None:
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(error)
+
+
+def _describe_exit(code: int, stderr: deque[str], fault: SwarmError | None) -> str:
+    """An exit code with its signal's name and the last thing the engine said."""
+    if fault is not None:
+        return str(fault)
+    try:
+        what = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    except ValueError:
+        what = f"signal {-code}"
+    last = next((line for line in reversed(stderr) if line.strip()), "")
+    return f"{what}: {last}" if last else what

@@ -1,0 +1,112 @@
+"""The link between a node and one incarnation of its engine: a pair of DEALER sockets.
+
+`ipc://` in a private directory where the platform has it; elsewhere loopback TCP under CURVE, with keys that only these
+two processes know. Each incarnation gets an endpoint of its own, so nothing of a dead engine can reach its successor.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from swarmcpp.errors import EngineFailed
+from swarmcpp.wire import MAX_FRAME, FromEngine, ToEngine, decode, encode
+
+_HIGH_WATER = 10_000
+"""Messages. Admission bounds what a node sends far below; an engine that far behind is not reading at all."""
+
+Ticket = dict[str, str]
+"""What an engine needs to connect; handed over on its stdin, never on the command line."""
+
+
+@dataclass(slots=True)
+class _Keys:
+    public: str
+    secret: str
+
+
+def _keys() -> _Keys:
+    public, secret = zmq.curve_keypair()
+    return _Keys(public.decode(), secret.decode())
+
+
+class NodeLink:
+    """The node's end, on its event loop."""
+
+    def __init__(self) -> None:
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._context = zmq.asyncio.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.DEALER)
+        _configure(self._socket)
+        if zmq.has("ipc"):
+            # Short on purpose: a Unix socket path holds about 100 characters.
+            self._directory = tempfile.TemporaryDirectory(prefix="swarmcpp-", ignore_cleanup_errors=True)
+            endpoint = f"ipc://{Path(self._directory.name) / 'engine'}"
+            self._socket.bind(endpoint)
+            self.ticket: Ticket = {"endpoint": endpoint}
+        else:
+            server = _keys()
+            self._socket.curve_server = True
+            self._socket.curve_publickey = server.public.encode()
+            self._socket.curve_secretkey = server.secret.encode()
+            port = self._socket.bind_to_random_port("tcp://127.0.0.1")
+            self.ticket = {"endpoint": f"tcp://127.0.0.1:{port}", "server_key": server.public}
+
+    async def receive(self) -> FromEngine:
+        """The engine's next message. Raises WireError on a frame that is none."""
+        return decode(await self._socket.recv())  # type: ignore[return-value]
+
+    def send(self, message: ToEngine) -> None:
+        """Queue a message. Raises EngineFailed when the engine has stopped reading."""
+        # The future is done at once: pyzmq tries to send before it queues, and NOBLOCK forbids queueing.
+        sent = self._socket.send(encode(message), zmq.NOBLOCK)
+        if sent.done() and isinstance(sent.exception(), zmq.Again):
+            raise EngineFailed("the engine does not read its messages")
+
+    def close(self) -> None:
+        """Close the socket; unsent messages are dropped."""
+        self._socket.close(linger=0)
+        self._context.term()
+        if self._directory:
+            self._directory.cleanup()
+
+
+class WorkerLink:
+    """The engine's end. Satisfies `wire.EngineLink`."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self._context: zmq.Context[Any] = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.DEALER)
+        _configure(self._socket)
+        if "server_key" in ticket:
+            own = _keys()
+            self._socket.curve_serverkey = ticket["server_key"].encode()
+            self._socket.curve_publickey = own.public.encode()
+            self._socket.curve_secretkey = own.secret.encode()
+        self._socket.connect(ticket["endpoint"])
+
+    def receive(self, timeout_s: float) -> ToEngine | None:
+        """See `wire.EngineLink`."""
+        if not self._socket.poll(int(timeout_s * 1000)):
+            return None
+        return decode(self._socket.recv(zmq.NOBLOCK))  # type: ignore[return-value]
+
+    def send(self, message: FromEngine) -> None:
+        """See `wire.EngineLink`."""
+        self._socket.send(encode(message))
+
+    def close(self) -> None:
+        """Close after what was sent has left, within a second."""
+        self._socket.close(linger=1000)
+        self._context.term()
+
+
+def _configure(socket: Any) -> None:
+    socket.linger = 0
+    socket.sndhwm = socket.rcvhwm = _HIGH_WATER
+    socket.maxmsgsize = MAX_FRAME
