@@ -178,7 +178,7 @@ class EngineSupervisor:
                     incarnation.close()
                 if self.status.state != "stopped":
                     self._after_death(code, incarnation)
-        except Exception as error:  # noqa: BLE001 - the task's root: whatever happens, no stream may hang
+        except Exception as error:
             logger.exception("the engine supervisor failed")
             self._give_up(EngineFailed(f"the engine supervisor failed: {error}"))
 

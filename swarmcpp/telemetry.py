@@ -56,8 +56,8 @@ def setup_logging(verbosity: int, console: Console | None = None) -> None:
 def diag(logger: logging.Logger, event: str, /, **fields: object) -> None:
     """Log `DIAG: event key=value ...` at debug level: one line, fields in the order given.
 
-    Numbers have at most six significant digits, None is `-`, and text with spaces, quotes, `=` or control
-    characters is a JSON string.
+    Numbers have at most six significant digits, None is `-`, and text with spaces, quotes, `=`,
+    backslashes or control characters is a JSON string.
     """
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("%s", diag_line(event, fields))
@@ -76,7 +76,7 @@ def _diag_value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = str(value)
-    plain = text and text != "-" and text.isprintable() and not any(mark in text for mark in ' "=')
+    plain = text and text != "-" and text.isprintable() and not any(mark in text for mark in ' "=\\')
     return text if plain else json.dumps(text)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as c
-
 import numpy as np
 
 from swarmcpp.errors import DecodeAborted, DecodeFailed, NotEnoughMemory

@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from swarmcpp.hardware import read_hardware
-from swarmcpp.models.synthetic import TINY, write_model
+from swarmcpp.models.synthetic import TINY, Quant, write_model
 
 TIMEOUT_S = 60.0
 """A tiny model takes under a second; a child that hangs counts as crashed."""
 
-QUANTS = ("Q8_0", "Q4_0")
+QUANTS: tuple[Quant, ...] = ("Q8_0", "Q4_0")
 """The two layouts that have repacked and AMX kernels; K-quants share their code paths."""
 
 MAX_DEVIATION = 0.05

@@ -1,0 +1,243 @@
+"""Run one query on a node: prompts to requests, events to a reply or to server-sent events. Knows no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
+
+from swarmcpp.api import replies
+from swarmcpp.api.metrics import Metrics
+from swarmcpp.api.openai import Query, too_long
+from swarmcpp.api.replies import Choice, ChunkWriter, Head
+from swarmcpp.core import Clock, Done, Event, GenerateRequest, Service, Usage
+from swarmcpp.errors import BadRequest, EngineFailed, NotReady, UnknownModel
+
+_EVENTS_PER_CHOICE = 4
+"""Events that wait per choice when the client reads slowly; more stay with the service, whose queues are bounded."""
+
+
+def pick_model(service: Service, name: str | None) -> str:
+    """The id of the model that a request means; None means the default. Raises UnknownModel, NotReady."""
+    ids = [model.id for model in service.models()]
+    if not ids:
+        snapshot = service.snapshot()
+        raise NotReady(f"no model is loaded ({snapshot.state}: {snapshot.detail}); try again later")
+    if name is None:
+        return ids[0]
+    if name not in ids:
+        raise UnknownModel(f"model {name[:80]!r} is not served here; available: {', '.join(ids)}", param="model")
+    return name
+
+
+async def plan(service: Service, query: Query, head: Head) -> tuple[GenerateRequest, ...]:
+    """One request per choice, those of one prompt side by side.
+
+    Raises PromptTooLong, BadRequest (an empty prompt), and what the service's tokenizer raises.
+    """
+    if query.kind == "chat":
+        prompts = [await service.tokenize_chat(head.model, query.messages)]
+    else:
+        prompts = [
+            await service.tokenize_text(head.model, prompt) if isinstance(prompt, str) else prompt
+            for prompt in query.prompts
+        ]
+    ctx_size = service.limits().ctx_size
+    for prompt in prompts:
+        _check_length(len(prompt), ctx_size, "messages" if query.kind == "chat" else "prompt")
+    requests: list[GenerateRequest] = []
+    for prompt in prompts:
+        room = ctx_size - len(prompt)
+        for choice in range(query.n):
+            requests.append(
+                GenerateRequest(
+                    id=head.id if query.sequences == 1 else f"{head.id}-{len(requests)}",
+                    model=head.model,
+                    prompt=prompt,
+                    max_tokens=room if query.max_tokens is None else min(query.max_tokens, room),
+                    sampling=query.sampling_of(choice),
+                    stop=query.stop,
+                )
+            )
+    return tuple(requests)
+
+
+def _check_length(tokens: int, ctx_size: int, param: str) -> None:
+    if tokens == 0:
+        raise BadRequest("the prompt has no tokens; give some text", param=param)
+    if tokens >= ctx_size:
+        raise too_long(f"the prompt has {tokens} tokens", ctx_size, param)
+
+
+class Answer:
+    """One query on its way: used once, by one task, through `reply` or `stream`."""
+
+    def __init__(
+        self,
+        service: Service,
+        query: Query,
+        head: Head,
+        requests: Sequence[GenerateRequest],
+        *,
+        metrics: Metrics,
+        clock: Clock,
+    ) -> None:
+        self._service = service
+        self._query = query
+        self._head = head
+        self._requests = requests
+        self._metrics = metrics
+        self._clock = clock
+        self._progress = [_Progress() for _ in requests]
+
+    async def reply(self) -> replies.JsonObject:
+        """The whole answer. Raises what `Service.generate` raises; a cancelled task cancels the work."""
+        texts: list[list[str]] = [[] for _ in self._requests]
+        async with aclosing(self._events()) as events:
+            async for index, event in events:
+                if not isinstance(event, Done):
+                    texts[index].append(event.text)
+        dones = self._dones()
+        choices = [Choice(index, "".join(text), dones[index]) for index, text in enumerate(texts)]
+        return replies.completion(self._head, choices, self._usage(dones))
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events, [DONE] included. Raises like `reply`; closing it cancels the work."""
+        writers = [
+            ChunkWriter(self._head, index, with_usage=self._query.include_usage) for index in range(len(self._requests))
+        ]
+        started = [False] * len(writers)
+        async with aclosing(self._events()) as events:
+            async for index, event in events:
+                writer = writers[index]
+                data = b"" if started[index] else writer.start()
+                started[index] = True
+                if isinstance(event, Done):
+                    data += writer.finish(event)
+                elif event.text:
+                    data += writer.text(event.text)
+                if data:
+                    yield data
+        dones = self._dones()
+        if self._query.include_usage:
+            yield replies.usage_chunk(self._head, self._usage(dones))
+        yield replies.DONE_EVENT
+
+    async def _events(self) -> AsyncGenerator[tuple[int, Event], None]:
+        clock = self._clock
+        begin = clock()
+        try:
+            async with aclosing(merge(await self._open())) as merged:
+                async for index, event in merged:
+                    progress = self._progress[index]
+                    if isinstance(event, Done):
+                        progress.done = event
+                    elif event.tokens:
+                        progress.last = clock()
+                        if progress.tokens == 0:
+                            progress.first = progress.last
+                            self._metrics.first_token(progress.first - begin)
+                        progress.tokens += len(event.tokens)
+                    yield index, event
+        finally:
+            for progress in self._progress:
+                usage = progress.done.usage if progress.done else None
+                self._metrics.choice(progress.tokens, progress.last - progress.first, usage)
+
+    async def _open(self) -> list[AsyncIterator[Event]]:
+        streams: list[AsyncIterator[Event]] = []
+        try:
+            for request in self._requests:
+                streams.append(self._service.generate(request))  # noqa: PERF401 - what is open must be closed on failure
+        except BaseException:
+            for stream in streams:
+                await _close(stream)
+            raise
+        return streams
+
+    def _dones(self) -> list[Done]:
+        dones = [progress.done for progress in self._progress if progress.done]
+        if len(dones) != len(self._requests):
+            raise EngineFailed("the answer stopped before its end; send the request again")
+        return dones
+
+    def _usage(self, dones: Sequence[Done]) -> Usage:
+        n = self._query.n
+        usages = [done.usage for done in dones]
+        return replies.total_usage(usages[start : start + n] for start in range(0, len(usages), n))
+
+
+class _Progress:
+    """What one choice has produced; times in seconds of the injected clock."""
+
+    __slots__ = ("done", "first", "last", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.first = 0.0
+        self.last = 0.0
+        self.done: Done | None = None
+
+
+async def merge(streams: Sequence[AsyncIterator[Event]]) -> AsyncGenerator[tuple[int, Event], None]:
+    """Events of several streams as they come, each with its stream's index; a failure of one ends all.
+
+    Every stream is closed, which cancels its work, before this generator ends or its aclose() returns.
+    """
+    if len(streams) == 1:
+        async with _closing(streams[0]):
+            async for event in streams[0]:
+                yield 0, event
+        return
+    # The semaphore bounds the queue; the end of a stream needs no permit, so that it can always be told.
+    queue: _Queue = asyncio.Queue()
+    permits = asyncio.Semaphore(_EVENTS_PER_CHOICE * len(streams))
+    pumps = []
+    for index, stream in enumerate(streams):
+        pump = asyncio.create_task(_pump(index, stream, queue, permits))
+        pump.add_done_callback(partial(_tell_end, queue, index))
+        pumps.append(pump)
+    try:
+        left = len(pumps)
+        while left:
+            source, item = await queue.get()
+            if item is None:
+                left -= 1
+                await pumps[source]
+            else:
+                permits.release()
+                yield source, item
+    finally:
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+_Queue = asyncio.Queue[tuple[int, Event | None]]
+
+
+async def _pump(index: int, stream: AsyncIterator[Event], queue: _Queue, permits: asyncio.Semaphore) -> None:
+    async with _closing(stream):
+        async for event in stream:
+            await permits.acquire()
+            queue.put_nowait((index, event))
+
+
+def _tell_end(queue: _Queue, index: int, _pump: asyncio.Task[None]) -> None:
+    queue.put_nowait((index, None))
+
+
+@asynccontextmanager
+async def _closing(stream: AsyncIterator[Event]) -> AsyncGenerator[None, None]:
+    try:
+        yield
+    finally:
+        await _close(stream)
+
+
+async def _close(stream: AsyncIterator[Event]) -> None:
+    # AsyncIterator promises no aclose(); generators have it, and so must whatever holds work that can be cancelled.
+    close = getattr(stream, "aclose", None)
+    if close is not None:
+        await close()

@@ -1,0 +1,1 @@
+"""What the commands do, one module each. The command line imports a module only when its command runs."""

@@ -1,0 +1,1 @@
+"""Model files: reading and checking GGUFs, sizing them, finding and downloading them, writing synthetic ones."""

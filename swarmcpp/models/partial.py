@@ -1,0 +1,133 @@
+"""The unfinished file of a download: NAME.part, a sidecar that says what it is a part of, and a lock."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from swarmcpp.errors import DownloadFailed
+
+HASH_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a server said the bytes belong to. `validator` is a strong ETag or a date; empty when it gave none."""
+
+    url: str
+    validator: str
+    size: int | None
+    """Bytes of the whole file; None when the server did not say."""
+
+
+class PartialFile:
+    """NAME.part and NAME.part.json beside the final NAME. Blocking; the caller holds the lock."""
+
+    def __init__(self, final: Path) -> None:
+        self.final = final
+        self.path = final.with_name(final.name + ".part")
+        self._sidecar = final.with_name(final.name + ".part.json")
+
+    @property
+    def size(self) -> int:
+        """Bytes so far; 0 when there is no file."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def resumable(self, url: str) -> Source | None:
+        """What the existing part belongs to, when it can be continued: same URL, and a validator to ask with."""
+        try:
+            fields = json.loads(self._sidecar.read_text(encoding="utf-8"))
+            source = Source(str(fields["url"]), str(fields["validator"]), fields["size"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if source.url != url or not source.validator or not 0 < self.size:
+            return None
+        return source
+
+    def open(self, source: Source, *, append: bool) -> BinaryIO:
+        """The part, to be written to: at its end, or from the start with `source` as its new origin."""
+        if not append:
+            self.path.unlink(missing_ok=True)
+            self._sidecar.write_text(json.dumps(asdict(source)), encoding="utf-8")
+        return self.path.open("ab")
+
+    def sha256(self) -> str:
+        """Hex digest of the bytes so far."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            while chunk := file.read(HASH_CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def start(self, n_bytes: int) -> bytes:
+        """The first bytes of the part."""
+        with self.path.open("rb") as file:
+            return file.read(n_bytes)
+
+    def discard(self) -> None:
+        """Remove the part and its sidecar."""
+        self.path.unlink(missing_ok=True)
+        self._sidecar.unlink(missing_ok=True)
+
+    def commit(self) -> Path:
+        """Give the part its final name, after its bytes are on the disk."""
+        with self.path.open("rb+") as file:
+            os.fsync(file.fileno())
+        self.path.replace(self.final)
+        self._sidecar.unlink(missing_ok=True)
+        return self.final
+
+
+@contextmanager
+def locked(final: Path) -> Iterator[None]:
+    """Only one download of `final` at a time, in this process or another; ends with the process that holds it.
+
+    Raises DownloadFailed when another holds it.
+    """
+    path = final.with_name(final.name + ".lock")
+    file = path.open("ab")
+    try:
+        # A holder that has just finished has removed the file: its lock on the removed one would keep nobody out.
+        if not _try_lock(file) or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise DownloadFailed(f"{final}: another swarmcpp is downloading it now; wait for it, or stop it first")
+        try:
+            yield
+        finally:
+            _remove_lock(path, file)
+    finally:
+        file.close()
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(file: BinaryIO) -> bool:
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+    def _remove_lock(path: Path, file: BinaryIO) -> None:
+        # An open file cannot be removed on Windows; an empty lock file is left behind.
+        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+else:
+    import fcntl
+
+    def _try_lock(file: BinaryIO) -> bool:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def _remove_lock(path: Path, file: BinaryIO) -> None:
+        # Removed while still held, so that nobody can lock the old file and miss the new one.
+        path.unlink(missing_ok=True)
