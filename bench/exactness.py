@@ -50,7 +50,7 @@ async def agreement(setup: Setup) -> Outcome:
         return Outcome("agreement", figures, notes=("no trained model: SWARMCPP_STORIES names none",))
     stories = await _stories(setup)
     notes = tuple(f"{name}: {text[:60]!r} ... {len(text)} characters" for name, text in stories.items())
-    verdicts = ()
+    verdicts: tuple[Verdict, ...] = ()
     if len(stories) == 2:
         verdicts = (
             Verdict(

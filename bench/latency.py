@@ -21,10 +21,9 @@ LLAMA_BATCHES = ((64, 64), (128, 128), (256, 256), (512, 512))
 BUDGETS_MS = (100, 200, 400, 800, 1600)
 
 
-async def _warm_up(client: Client, rng: random.Random, vocab: range) -> float:
-    """One request of both kinds of work, so that nothing is measured cold; the prefill rate in tokens/s."""
-    reply = await client.complete(random_prompt(rng, WARM_UP_PROMPT, vocab), 16)
-    return WARM_UP_PROMPT / reply.ttft
+async def _warm_up(client: Client, rng: random.Random, vocab: range, prompt_tokens: int) -> float:
+    """One request of both kinds of work, so that nothing is measured cold; seconds of its prefill."""
+    return (await client.complete(random_prompt(rng, prompt_tokens, vocab), 16)).ttft
 
 
 async def measure_stall(client: Client, rng: random.Random, vocab: range) -> tuple[float, float]:
@@ -63,7 +62,7 @@ async def stall(setup: Setup) -> Outcome:
             rng = setup.rng("stall", round_)
             async with Bed(setup, [launch]) as bed:
                 client = bed.clients[launch.name]
-                await _warm_up(client, rng, setup.vocab)
+                await _warm_up(client, rng, setup.vocab, WARM_UP_PROMPT)
                 pause, rate = await measure_stall(client, rng, setup.vocab)
             pauses[launch.name].append(pause)
             rates[launch.name].append(rate)
@@ -130,13 +129,14 @@ async def cancel(setup: Setup) -> Outcome:
     launches = setup.both(slots=1, ctx_size=4096)
     waits: dict[str, list[float]] = {launch.name: [] for launch in launches}
     async with Bed(setup, launches) as bed:
-        speed = {
-            name: await _warm_up(client, setup.rng("cancel", -1), setup.vocab) for name, client in bed.clients.items()
+        whole = {
+            name: await _warm_up(client, setup.rng("cancel", -1), setup.vocab, CANCEL_PROMPT)
+            for name, client in bed.clients.items()
         }
         for round_, fraction in enumerate(cancel_fractions(setup.repeats)):
             for name, client in bed.clients.items():
-                # 0.9: a short prompt prefills faster than a long one, so this is on the safe side of "still running".
-                after = 0.9 * fraction * CANCEL_PROMPT / speed[name]
+                # 0.9: a prefill that happens to run faster than the one that was timed must not be over by then.
+                after = 0.9 * fraction * whole[name]
                 waits[name].append(await measure_cancel(client, setup.rng("cancel", round_), setup.vocab, after))
                 setup.say(
                     f"cancel {round_}: {name}, left after {after:.1f} s: {waits[name][-1]:.3f} s to the next token"

@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -18,6 +19,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+QUIET_CORES = 0.1
+"""What other processes may use before a run is called noisy."""
 Better = Literal["higher", "lower"]
 
 
@@ -60,6 +63,8 @@ class Outcome:
     verdicts: tuple[Verdict, ...] = ()
     notes: tuple[str, ...] = ()
     commands: Mapping[str, str] = field(default_factory=dict)
+    others_cores: float | None = None
+    """Cores that other processes used meanwhile, on average."""
 
 
 def at_least(text: str, value: float, target: float) -> Verdict:
@@ -83,6 +88,10 @@ def show(outcome: Outcome, console: Console) -> None:
         table.add_section()
     if outcome.figures:
         console.print(table)
+    if outcome.others_cores is not None and outcome.others_cores > QUIET_CORES:
+        console.print(
+            f"  [yellow]other processes used {outcome.others_cores:.2f} cores meanwhile: noisy[/]", highlight=False
+        )
     for note in outcome.notes:
         console.print(f"  {note}", markup=False, highlight=False)
     for verdict in outcome.verdicts:
@@ -121,6 +130,37 @@ def machine() -> dict[str, Any]:
         "commit": done.stdout.strip() or None,
         **{name: metadata.version(name) for name in ("swarmcpp", "llama-cpp-python")},
     }
+
+
+def _children_cpu_s() -> float | None:
+    """CPU seconds of this process and of the children that ended; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, kinds))
+
+
+class Others:
+    """How much of the machine other processes take while a scenario runs: on a busy machine no ratio means much."""
+
+    def __init__(self) -> None:
+        self._began, self._busy, self._own = time.monotonic(), _busy_cpu_s(), _children_cpu_s()
+
+    def cores(self) -> float | None:
+        """Cores that others kept busy on average since the start; call it once the servers have stopped."""
+        own = _children_cpu_s()
+        if own is None or self._own is None:
+            return None
+        busy = _busy_cpu_s() - self._busy - (own - self._own)
+        return max(0.0, busy / max(time.monotonic() - self._began, 1e-3))
+
+
+def _busy_cpu_s() -> float:
+    """CPU seconds that the whole machine has worked since it started, stolen time of a virtual one included."""
+    times = psutil.cpu_times()
+    return float(times.user + times.system + getattr(times, "steal", 0.0))
 
 
 def write_json(path: Path, about: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:

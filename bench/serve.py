@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,8 @@ from swarmcpp.models.synthetic_vocab import MIN_VOCAB
 OUT = Path(__file__).resolve().parent / "out"
 REPEATS = 5
 QUICK_REPEATS = 2
+WIDTH = 130
+"""Columns that the tables need; a log file has no width of its own."""
 SCENARIOS: dict[str, Callable[[Setup], Awaitable[report.Outcome]]] = {
     "decode": rates.decode,
     "agreement": exactness.agreement,
@@ -64,7 +67,7 @@ def main(
     json: Annotated[Path | None, typer.Option(help="where the samples go; default: bench/out/serve-TIME.json")] = None,
 ) -> None:
     """Measure, print the tables and write the samples as JSON. Exit code 1 when a claim does not hold."""
-    console = Console()
+    console = Console(width=max(Console().width, WIDTH))
     chosen = scenario or list(SCENARIOS)
     for name in chosen:
         if name not in SCENARIOS:
@@ -110,7 +113,9 @@ def main(
 
 
 async def _run(name: str, setup: Setup) -> report.Outcome:
-    return await SCENARIOS[name](setup)
+    others = report.Others()
+    outcome = await SCENARIOS[name](setup)
+    return replace(outcome, others_cores=others.cores())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,7 +105,7 @@ def _installed(argv: tuple[str, ...]) -> tuple[str, ...]:
 class Running:
     """A server that is ready. `peak_rss` keeps its value after the server stopped."""
 
-    def __init__(self, launch: Launch, process: psutil.Popen, port: int, log: Path) -> None:
+    def __init__(self, launch: Launch, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
         self.launch = launch
         self.base_url = f"http://127.0.0.1:{port}"
         self.log = log
@@ -158,7 +158,7 @@ def _is_ready(url: str) -> bool:
         return False
 
 
-def _wait_ready(process: psutil.Popen, url: str, name: str, log: Path) -> None:
+def _wait_ready(process: subprocess.Popen[bytes], url: str, name: str, log: Path) -> None:
     deadline = time.monotonic() + READY_S
     while not _is_ready(url):
         code = process.poll()
@@ -172,17 +172,19 @@ def _wait_ready(process: psutil.Popen, url: str, name: str, log: Path) -> None:
         time.sleep(0.05)
 
 
-def _stop(process: psutil.Popen) -> None:
-    tree = _tree(process.pid)
-    if process.poll() is None:
-        process.terminate()
-    _, alive = psutil.wait_procs(tree, timeout=STOP_S)
-    for survivor in alive:
-        try:
-            survivor.kill()
-        except psutil.NoSuchProcess:
-            continue
-    process.wait()
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the process as its user would, then whatever it left behind."""
+    children = _tree(process.pid)[1:]
+    process.terminate()
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for orphan in children:
+        with suppress(psutil.NoSuchProcess):
+            orphan.kill()
+    psutil.wait_procs(children, timeout=STOP_S)
 
 
 @contextmanager
@@ -198,7 +200,7 @@ def running(launch: Launch, log_dir: Path) -> Iterator[Running]:
         argv = ["taskset", "-c", ",".join(map(str, launch.cpus)), *argv]
     log = log_dir / f"{launch.name.replace(' ', '_')}-{port}.log"
     with log.open("w") as output:
-        process = psutil.Popen(
+        process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **launch.env}
         )
     server = Running(launch, process, port, log)

@@ -57,9 +57,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _load(file: Path | None, verbosity: int = 0, **flags: str | None) -> LoadedConfig:
+    from swarmcpp.commands.terminal import stderr
     from swarmcpp.telemetry import setup_logging
 
-    setup_logging(verbosity)
+    setup_logging(verbosity, stderr())
     return load_config(flags, os.environ, file)
 
 

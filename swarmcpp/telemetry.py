@@ -16,6 +16,14 @@ _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 _STYLES = {logging.DEBUG: "dim", logging.INFO: "", logging.WARNING: "yellow", logging.ERROR: "red"}
 
 
+_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """`text` without control characters but newline and tab, so that a model or its file cannot steer a terminal."""
+    return text.translate(_CONTROLS)
+
+
 class ConsoleHandler(logging.Handler):
     """Writes each record as one line above whatever progress the console shows.
 
@@ -30,7 +38,8 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             style = _STYLES.get(record.levelno, "bold red")
-            self.console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
+            text = printable(self.format(record))
+            self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
         except (OSError, ValueError):
             # Standard error is closed: logging must not end the program.
             self.handleError(record)

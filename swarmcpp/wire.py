@@ -117,8 +117,12 @@ _decoder = msgspec.msgpack.Decoder(Message)
 
 
 def encode(message: Message) -> bytes:
-    """One frame. Raises WireError when it would exceed MAX_FRAME."""
-    frame = bytes((VERSION,)) + _encoder.encode(message)
+    """One frame. Raises WireError when it would exceed MAX_FRAME, or holds what msgpack cannot carry."""
+    try:
+        frame = bytes((VERSION,)) + _encoder.encode(message)
+    except (UnicodeEncodeError, OverflowError) as error:
+        # A lone surrogate, or an integer beyond 64 bits.
+        raise WireError(f"cannot encode a {type(message).__name__} message: {error}") from error
     if len(frame) > MAX_FRAME:
         raise WireError(f"a {type(message).__name__} message of {len(frame)} bytes exceeds the limit of {MAX_FRAME}")
     return frame
@@ -132,7 +136,7 @@ def decode(frame: bytes) -> Message:
         raise WireError(f"protocol version {frame[0]} where {VERSION} is spoken; run the same swarmcpp on both sides")
     try:
         message: Message = _decoder.decode(memoryview(frame)[1:])
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"cannot decode a message: {error}") from error
     return message
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from functools import partial
 
 from swarmcpp.api import replies
 from swarmcpp.api.metrics import Metrics
@@ -193,11 +192,7 @@ async def merge(streams: Sequence[AsyncIterator[Event]]) -> AsyncGenerator[tuple
     # The semaphore bounds the queue; the end of a stream needs no permit, so that it can always be told.
     queue: _Queue = asyncio.Queue()
     permits = asyncio.Semaphore(_EVENTS_PER_CHOICE * len(streams))
-    pumps = []
-    for index, stream in enumerate(streams):
-        pump = asyncio.create_task(_pump(index, stream, queue, permits))
-        pump.add_done_callback(partial(_tell_end, queue, index))
-        pumps.append(pump)
+    pumps = [asyncio.create_task(_pump(index, stream, queue, permits)) for index, stream in enumerate(streams)]
     try:
         left = len(pumps)
         while left:
@@ -218,14 +213,14 @@ _Queue = asyncio.Queue[tuple[int, Event | None]]
 
 
 async def _pump(index: int, stream: AsyncIterator[Event], queue: _Queue, permits: asyncio.Semaphore) -> None:
-    async with _closing(stream):
-        async for event in stream:
-            await permits.acquire()
-            queue.put_nowait((index, event))
-
-
-def _tell_end(queue: _Queue, index: int, _pump: asyncio.Task[None]) -> None:
-    queue.put_nowait((index, None))
+    try:
+        async with _closing(stream):
+            async for event in stream:
+                await permits.acquire()
+                queue.put_nowait((index, event))
+    finally:
+        # Also after a failure: the reader then awaits this task and gets the exception.
+        queue.put_nowait((index, None))
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from contextvars import ContextVar
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
@@ -91,6 +92,26 @@ def _root_middleware(api: _Api) -> Middleware:
     return root
 
 
+class _Trace:
+    """What is told of a request in its headers and in the metrics."""
+
+    __slots__ = ("id", "outcome")
+
+    def __init__(self, request_id: str) -> None:
+        self.id = request_id
+        self.outcome = "ok"
+
+
+_trace: ContextVar[_Trace] = ContextVar("trace")
+"""Of the request that the current task handles; aiohttp runs each in a context of its own."""
+
+
+def _new_trace() -> _Trace:
+    trace = _Trace(f"req_{secrets.token_hex(12)}")
+    _trace.set(trace)
+    return trace
+
+
 class _ClientGone(Exception):
     """There is no one left to answer; `outcome` is for the metrics."""
 
@@ -117,8 +138,7 @@ class _Api:
 
     async def root(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """The task root of every request: every error becomes an answer and is counted."""
-        request["id"] = f"req_{secrets.token_hex(12)}"
-        request["outcome"] = "ok"
+        trace = _new_trace()
         self.busy.add(request.protocol)
         try:
             response = await self._respond(request, handler)
@@ -126,14 +146,14 @@ class _Api:
             await self._deliver(request, response.prepare(request))
             await self._deliver(request, response.write_eof())
         except asyncio.CancelledError:
-            request["outcome"] = Cancelled.code
+            trace.outcome = Cancelled.code
             raise
         except _ClientGone as gone:
-            request["outcome"] = gone.outcome
+            trace.outcome = gone.outcome
             return web.Response(status=Cancelled.status)
         finally:
             self.busy.discard(request.protocol)
-            self.metrics.request(_endpoint(request), request["outcome"])
+            self.metrics.request(_endpoint(request), trace.outcome)
         return response
 
     async def _respond(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -143,11 +163,11 @@ class _Api:
             self._check_key(request)
             return await handler(request)
         except web.HTTPException as error:
-            return self._error_response(request, _http_error(request, error), error)
+            return self._error_response(_http_error(request, error), error)
         except _ClientGone:
             raise
         except Exception as error:  # noqa: BLE001 - task root of a request: every error becomes an answer
-            return self._error_response(request, _as_swarm_error(error))
+            return self._error_response(_as_swarm_error(error))
 
     async def _deliver(self, request: web.Request, sending: Awaitable[object]) -> None:
         """Await `sending`. Raises _ClientGone when the client left or takes no data, and drops it then."""
@@ -162,10 +182,8 @@ class _Api:
         except ConnectionError as error:
             raise _ClientGone(Cancelled.code) from error
 
-    def _error_response(
-        self, request: web.Request, error: SwarmError, cause: web.HTTPException | None = None
-    ) -> web.Response:
-        request["outcome"] = error.code
+    def _error_response(self, error: SwarmError, cause: web.HTTPException | None = None) -> web.Response:
+        _trace.get().outcome = error.code
         response = _json(replies.error_body(error), error.status)
         if isinstance(error, QueueFull):
             response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
@@ -205,7 +223,7 @@ class _Api:
 
     async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         """Headers of every response."""
-        response.headers["X-Request-Id"] = request.get("id", "")
+        response.headers["X-Request-Id"] = _trace.get().id
         if self._options.cors_origins:
             response.headers["Vary"] = "Origin"
             origin = self._allowed_origin(request)
@@ -218,9 +236,10 @@ class _Api:
     async def expect(self, request: web.Request) -> web.StreamResponse | None:
         """Answer `Expect: 100-continue`: the client waits for this before it sends a body that is too large."""
         if self._oversized(request):
-            request["id"] = f"req_{secrets.token_hex(12)}"
+            # This runs before the middleware.
+            _new_trace()
             self.metrics.request(_endpoint(request), BodyTooLarge.code)
-            return self._error_response(request, self._too_large())
+            return self._error_response(self._too_large())
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         # aiohttp takes a non-zero output size for a response that has begun.
         request.writer.output_size = 0
@@ -281,7 +300,7 @@ class _Api:
         return await self._complete(request, openai.parse_text, f"cmpl-{secrets.token_hex(12)}")
 
     async def _complete(self, request: web.Request, parse: Parser, answer_id: str) -> web.StreamResponse:
-        request["id"] = answer_id
+        _trace.get().id = answer_id
         body = await self._read_body(request)
         query = parse(body, self._service.limits(), self._draw_seed)
         model = answers.pick_model(self._service, query.model)
@@ -313,7 +332,7 @@ class _Api:
                 raise
             except Exception as error:  # noqa: BLE001 - the status is sent: the stream itself must tell the failure
                 failure = _as_swarm_error(error)
-                request["outcome"] = failure.code
+                _trace.get().outcome = failure.code
                 await self._deliver(request, response.write(replies.sse(replies.error_body(failure))))
         return response
 

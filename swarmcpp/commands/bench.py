@@ -1,19 +1,19 @@
-"""`swarmcpp bench`: what this machine does with a model, measured on the engine that `serve` would run, without HTTP."""
+"""`swarmcpp bench`: how fast this machine runs a model, on the engine that `serve` would run, without HTTP."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from swarmcpp.config import Config
+from swarmcpp.commands import terminal
+from swarmcpp.commands.serve import find_model
+from swarmcpp.config import Config, LoadedConfig
 from swarmcpp.core import GenerateRequest, SamplingParams
 from swarmcpp.node import prepare
 from swarmcpp.supervisor import EngineSupervisor
@@ -33,18 +33,18 @@ class Row:
     ttft_ms: float
 
 
-def run(config: Config, path: Path, console: Console, *, as_json: bool) -> None:
-    """Measure and print. Raises StartupError when the model cannot be loaded."""
-    rows = asyncio.run(_measure(config, path))
-    if as_json:
-        console.print_json(json.dumps([asdict(row) for row in rows]))
-        return
+def run(loaded: LoadedConfig) -> None:
+    """Measure and print. Raises StartupError when the model cannot be found or loaded."""
+    console = terminal.stderr()
+    path, _name = find_model(loaded.config, console)
+    console.print(f"measuring {path.name}, {RUNS} runs for each number of users")
+    rows = asyncio.run(_measure(loaded.config, path))
     table = Table(title=f"{path.name}: median of {RUNS} runs")
     for heading in ("users", "prefill tokens/s", "decode tokens/s", "time to first token"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(str(row.users), f"{row.prefill_tps:.1f}", f"{row.decode_tps:.1f}", f"{row.ttft_ms:.0f} ms")
-    console.print(table)
+    terminal.stdout().print(table)
 
 
 async def _measure(config: Config, path: Path) -> list[Row]:
@@ -60,9 +60,7 @@ async def _measure(config: Config, path: Path) -> list[Row]:
         users = sorted({1, min(4, prepared.options.slots), prepared.options.slots})
         rows: list[Row] = []
         for count in users:
-            runs = [
-                await _run(supervisor, count, prompt, answer, prepared.info.n_vocab, draw) for _ in range(RUNS)
-            ]
+            runs = [await _run(supervisor, count, prompt, answer, prepared.info.n_vocab, draw) for _ in range(RUNS)]
             rows.append(Row(count, *(statistics.median(column) for column in zip(*runs, strict=True))))
         return rows
     finally:

@@ -14,6 +14,7 @@ from swarmcpp.commands.chat_client import ChatClient
 from swarmcpp.config import LoadedConfig, ServerConfig
 from swarmcpp.core import Clock
 from swarmcpp.errors import SwarmError, WireError
+from swarmcpp.telemetry import printable
 
 HELP = """\
 /clear          forget the conversation, keep the system message
@@ -163,7 +164,7 @@ class Chat:
         return True
 
     def _note(self, text: str) -> None:
-        self.notes.print(terminal.printable(text), style="dim", soft_wrap=True)
+        self.notes.print(printable(text), style="dim", soft_wrap=True)
 
     def _exchange(self, runner: asyncio.Runner, client: ChatClient, question: str) -> None:
         answer = Answer()
@@ -194,7 +195,7 @@ class Chat:
                 if delta.text:
                     answer.add(delta.text)
                     # Past the console's rendering, which would turn the tabs of code into spaces.
-                    self.out.file.write(terminal.printable(delta.text))
+                    self.out.file.write(printable(delta.text))
                     self.out.file.flush()
                 answer.finish_reason = delta.finish_reason or answer.finish_reason
                 answer.tokens = delta.completion_tokens if delta.completion_tokens is not None else answer.tokens

@@ -152,7 +152,7 @@ def _reason(error: Exception) -> str:
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(cause, TimeoutError):
         return f"no answer in {CONNECT_TIMEOUT_S:.0f} s"
-    if isinstance(cause, OSError) and cause.errno in errno.errorcode:
+    if isinstance(cause, OSError) and cause.errno is not None and cause.errno in errno.errorcode:
         # asyncio puts the address in the place of the reason; the number is that of the system.
         return os.strerror(cause.errno).lower()
     return (getattr(cause, "strerror", None) or str(cause) or type(cause).__name__).lower()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import cache
 
 from rich.console import Console
 
+from swarmcpp.telemetry import printable
+
 PIPE_WIDTH = 1000
-_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 def stdout() -> Console:
@@ -17,14 +19,10 @@ def stdout() -> Console:
     return Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
+@cache
 def stderr() -> Console:
-    """The console for progress, notes and errors."""
+    """The one console for progress, notes and the log, so that lines of the log go above a progress bar."""
     return Console(stderr=True, markup=False, emoji=False, highlight=False)
-
-
-def printable(text: str) -> str:
-    """`text` without control characters but newline and tab, so that a model cannot steer the terminal."""
-    return text.translate(_CONTROLS)
 
 
 def one_line(error: BaseException) -> str:

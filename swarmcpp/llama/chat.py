@@ -24,6 +24,19 @@ DEFAULT_TEMPLATE = (
 """ChatML: used for a model that carries no template, as llama.cpp's server does."""
 
 
+_TEMPLATE_FAILURES = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+    MemoryError,
+)
+"""What a template's code can raise while it renders: a macro may call itself, a string may be multiplied."""
+
+
 def _raise(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
@@ -56,8 +69,9 @@ class ChatCodec:
         self._template_error = ""
         try:
             self._template = _environment().from_string(template or DEFAULT_TEMPLATE)
-        except jinja2.TemplateError as error:
-            # The model still serves raw completions; only chats have to say why they cannot work.
+        except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
+            # The model still serves raw completions; only chats have to say why they cannot work. The latter two come
+            # from Python's own compiler, on nesting that Jinja accepts.
             self._template_error = str(error)
             self._template = _environment().from_string(DEFAULT_TEMPLATE)
 
@@ -75,7 +89,7 @@ class ChatCodec:
                 eos_token=self._eos,
                 **(extra or {}),
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except _TEMPLATE_FAILURES as error:
             raise BadRequest(
                 f"the model's chat template refuses this conversation: {error}", param="messages"
             ) from error

@@ -30,7 +30,9 @@ class Sampler:
             c.llama_sampler_chain_add(chain, c.llama_sampler_init_logit_bias(vocab.n_vocab, len(biases), array))
         penalties = (params.repeat_penalty, params.frequency_penalty, params.presence_penalty)
         if params.repeat_last_n and penalties != (1.0, 0.0, 0.0):
-            c.llama_sampler_chain_add(chain, c.llama_sampler_init_penalties(params.repeat_last_n, *penalties))
+            c.llama_sampler_chain_add(
+                chain, c.llama_sampler_init_penalties(vocab.n_vocab, params.repeat_last_n, *penalties)
+            )
         self._draw: Any = None
         if params.temperature <= 0:
             c.llama_sampler_chain_add(chain, c.llama_sampler_init_greedy())

@@ -97,9 +97,10 @@ def _not_enough(
     need = estimate_memory(model, ctx_size, slots, n_batch)
     usable = "" if share == 100 else f" ({share}% of it usable)"
     smallest = ctx_size <= MIN_CTX and slots == 1
+    wanted = f"1 slot of {ctx_size} tokens needs" if slots == 1 else f"{slots} slots of {ctx_size} tokens need"
     remedy = "" if smallest else "choose a smaller --ctx-size or fewer --slots, "
     return NotEnoughMemory(
-        f"{model.path}: {slots} slot{'s' if slots > 1 else ''} of {ctx_size} tokens need {gigabytes(need.total)} "
+        f"{model.path}: {wanted} {gigabytes(need.total)} "
         f"(weights {gigabytes(need.weights)}, KV cache {gigabytes(need.kv)}, buffers {gigabytes(need.compute)}), "
         f"free is {gigabytes(free_bytes)}{usable}; {remedy}free memory, or take a smaller model or quantisation"
     )

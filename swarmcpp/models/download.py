@@ -25,9 +25,8 @@ from swarmcpp.models.partial import PartialFile, Source, locked
 
 CHUNK = 1 << 18
 """Bytes per write: large enough for a fast disk, small enough for a smooth progress bar."""
-MAX_ATTEMPTS = 6
-"""Failures in a row without one new byte before giving up: about 30 s of backoff in all."""
-BACKOFF_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+BACKOFF_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Waits before another try. After as many failures in a row that brought the file no further, the next one is final."""
 CONNECT_TIMEOUT_S = 30.0
 STALL_TIMEOUT_S = 60.0
 """A connection that delivers nothing for this long is dropped and resumed."""
@@ -62,10 +61,14 @@ def resolve_model(arg: str, models_dir: Path, catalogue: Catalogue) -> Path | Ca
     A path is returned as it is, even a directory, so that reading it gives the exact error. Raises BadModel
     with suggestions when it is none of these.
     """
-    path = Path(arg).expanduser()
     entry = catalogue.get(arg)
-    if path.is_file() or (entry is None and path.exists()):
-        return path
+    try:
+        path = Path(arg).expanduser()
+        if path.is_file() or (entry is None and path.exists()):
+            return path
+    except (OSError, RuntimeError) as error:
+        # RuntimeError: "~name" of a user that does not exist.
+        raise BadModel(f"{arg[:200]!r} cannot be looked up ({error}); check the path") from None
     if entry is None:
         if arg.lower().endswith(".gguf") or len(path.parts) > 1:
             raise BadModel(f"{path}: no such file; check the path, or see the known names with `swarmcpp models`")
@@ -94,7 +97,6 @@ async def pull(
     if final.is_file():
         return final
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         with locked(final):
             async with _own_or(session) as client:
                 transfer = _Transfer(entry, final, client, progress, clock, free_space or _disk_free)
@@ -156,17 +158,19 @@ class _Transfer:
         self._received = 0
 
     async def run(self, sleep: Sleep) -> None:
-        """Fetch until whole. A failure that brought new bytes does not count as an attempt."""
-        failures = 0
+        """Fetch until whole. Failures are counted anew whenever the part has grown beyond what it ever was."""
+        failures, furthest = 0, self._part.size
         while True:
-            before = self._received
             try:
                 return await self._request()
             except (_Interrupted, aiohttp.ClientError, TimeoutError) as error:
-                failures = 1 if self._received > before else failures + 1
-                if failures >= MAX_ATTEMPTS:
+                # Not "received anything": a server without ranges that always drops would be asked for ever.
+                if self._part.size > furthest:
+                    failures, furthest = 0, self._part.size
+                if failures == len(BACKOFF_S):
                     raise self._failed(_reason(error), "check the network and run the same command again") from None
-                await sleep(BACKOFF_S[failures - 1])
+                await sleep(BACKOFF_S[failures])
+                failures += 1
 
     async def finish(self) -> Path:
         """Check the whole part and give it its name."""
@@ -192,7 +196,7 @@ class _Transfer:
         if known is not None:
             headers |= {"Range": f"bytes={self._part.size}-", "If-Range": known.validator}
         async with self._session.get(self._entry.url, headers=headers) as response:
-            self._check_status(response)
+            self._check_status(response, ranged=known is not None)
             append = response.status == 206
             source = self._source(response, known if append else None)
             self._check_space(source, self._part.size if append else 0)
@@ -200,9 +204,9 @@ class _Transfer:
                 await self._receive(response, source, file)
         self._check_whole(source)
 
-    def _check_status(self, response: aiohttp.ClientResponse) -> None:
+    def _check_status(self, response: aiohttp.ClientResponse, *, ranged: bool) -> None:
         status = response.status
-        if status in (200, 206):
+        if status == 200 or (status == 206 and ranged):
             return
         if status == 416:
             # The part is longer than what is there now, or its sidecar lied: start again.
@@ -273,7 +277,7 @@ def _validator(response: aiohttp.ClientResponse) -> str:
 def _remedy(status: int) -> str:
     if status in (401, 403):
         return (
-            "the repository is gated or private: accept its licence on the model's page and set HF_TOKEN to an "
+            "the repository is gated, private or gone: accept its licence on the model's page and set HF_TOKEN to an "
             "access token of your account"
         )
     if status in (404, 410):

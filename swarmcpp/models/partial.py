@@ -44,10 +44,11 @@ class PartialFile:
         """What the existing part belongs to, when it can be continued: same URL, and a validator to ask with."""
         try:
             fields = json.loads(self._sidecar.read_text(encoding="utf-8"))
-            source = Source(str(fields["url"]), str(fields["validator"]), fields["size"])
+            size = None if fields["size"] is None else int(fields["size"])
+            source = Source(str(fields["url"]), str(fields["validator"]), size)
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        if source.url != url or not source.validator or not 0 < self.size:
+        if source.url != url or not source.validator or self.size == 0:
             return None
         return source
 
@@ -89,8 +90,9 @@ class PartialFile:
 def locked(final: Path) -> Iterator[None]:
     """Only one download of `final` at a time, in this process or another; ends with the process that holds it.
 
-    Raises DownloadFailed when another holds it.
+    Creates the directory. Raises DownloadFailed when another holds the lock.
     """
+    final.parent.mkdir(parents=True, exist_ok=True)
     path = final.with_name(final.name + ".lock")
     file = path.open("ab")
     try:

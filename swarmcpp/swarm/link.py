@@ -6,6 +6,7 @@ two processes know. Each incarnation gets an endpoint of its own, so nothing of 
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ class NodeLink:
         """Queue a message. Raises EngineFailed when the engine has stopped reading."""
         # The future is done at once: pyzmq tries to send before it queues, and NOBLOCK forbids queueing.
         sent = self._socket.send(encode(message), zmq.NOBLOCK)
-        if sent.done() and isinstance(sent.exception(), zmq.Again):
+        if isinstance(sent, asyncio.Future) and sent.done() and isinstance(sent.exception(), zmq.Again):
             raise EngineFailed("the engine does not read its messages")
 
     def close(self) -> None:

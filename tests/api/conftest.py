@@ -48,7 +48,7 @@ def until() -> Until:
 
     async def poll(condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(10):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - sockets set no Event
                 await asyncio.sleep(0.005)
 
     return poll

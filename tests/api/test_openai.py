@@ -88,7 +88,9 @@ def test_every_supported_field_arrives() -> None:
     assert query.sampling_of(1).seed == 4
 
 
-@pytest.mark.parametrize(("given_seed", "seed"), [(-1, 99), (None, 99), (2**32 - 1, 0), (2**64 - 1, 0), (-2, 2**32 - 3)])
+@pytest.mark.parametrize(
+    ("given_seed", "seed"), [(-1, 99), (None, 99), (2**32 - 1, 0), (2**64 - 1, 0), (-2, 2**32 - 3)]
+)
 def test_seeds_fold_and_never_ask_llama_for_a_random_one(given_seed: int | None, seed: int) -> None:
     assert chat(seed=given_seed).sampling.seed == seed
     assert chat(seed=SEED_MODULUS - 1).sampling_of(1).seed == 0
@@ -117,7 +119,11 @@ def test_content_parts_and_roles() -> None:
             {"role": "assistant", "content": "", "tool_calls": None, "refusal": None, "annotations": []},
         ]
     )
-    assert query.messages == (ChatMessage("system", "d", "n"), ChatMessage("user", "a\nb"), ChatMessage("assistant", ""))
+    assert query.messages == (
+        ChatMessage("system", "d", "n"),
+        ChatMessage("user", "a\nb"),
+        ChatMessage("assistant", ""),
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,126 @@
+"""`swarmcpp serve`: find the model, run the node, stop it on a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shlex
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+
+from swarmcpp import node
+from swarmcpp.commands import terminal
+from swarmcpp.commands.pull import download, user_catalogue
+from swarmcpp.config import Config, LoadedConfig
+from swarmcpp.errors import BadConfig
+from swarmcpp.models.download import resolve_model
+from swarmcpp.supervisor import EngineStatus
+
+
+def run(loaded: LoadedConfig) -> None:
+    """Serve until SIGINT or SIGTERM. Raises StartupError when it cannot start, SwarmError when it cannot go on."""
+    console = terminal.stderr()
+    path, name = find_model(loaded.config, console)
+    asyncio.run(_serve(loaded.config, path, name, console))
+
+
+def find_model(config: Config, console: Console) -> tuple[Path, str | None]:
+    """The model's file, downloaded if need be, and its name in the catalogue. Raises StartupError."""
+    if config.model is None:
+        raise BadConfig(
+            "no model to serve: say `swarmcpp serve FILE.gguf`, or one of the names that `swarmcpp models` lists"
+        )
+    storage = config.storage
+    catalogue = user_catalogue(storage)
+    found = resolve_model(config.model, storage.models_dir, catalogue)
+    if isinstance(found, Path):
+        entry = catalogue.get(config.model)
+        return found, entry.name if entry and found == storage.models_dir / entry.file else None
+    return download(found, storage.models_dir, console), found.name
+
+
+async def _serve(config: Config, path: Path, name: str | None, console: Console) -> None:
+    stop = asyncio.Event()
+    _on_signals(stop.set)
+    view = LoadingView(console, name or path.name)
+
+    def ready(serving: node.Serving) -> None:
+        view.close()
+        terminal.stdout().print(ready_text(serving, with_key=config.server.api_key is not None), soft_wrap=True)
+
+    try:
+        await node.run(config, path, name=name, on_progress=view.update, on_ready=ready, stop=stop)
+    finally:
+        view.close()
+
+
+def _on_signals(stop: Callable[[], None]) -> None:
+    """Call `stop` on the event loop at the first SIGINT or SIGTERM; the next one ends the process at once."""
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def first(_number: int, _frame: FrameType | None) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+        loop.call_soon_threadsafe(stop)
+
+    for number in numbers:
+        # Not the loop's add_signal_handler, which Windows does not have.
+        signal.signal(number, first)
+
+
+class LoadingView:
+    """A progress bar on a terminal, one line elsewhere, from the engine's start until `close`."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        self._console = console
+        self._name = name
+        self._progress: Progress | None = None
+        self._closed = False
+
+    def update(self, status: EngineStatus) -> None:
+        """Show how far the engine is."""
+        if self._closed or status.state != "starting":
+            return
+        if self._progress is None:
+            self._progress = self._start()
+        self._progress.update(TaskID(0), completed=status.load_fraction)
+
+    def _start(self) -> Progress:
+        on_screen = self._console.is_terminal
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        progress = Progress(*columns, console=self._console, transient=True, disable=not on_screen)
+        progress.add_task(f"loading {self._name}", total=1.0)
+        progress.start()
+        if not on_screen:
+            self._console.print(f"loading {self._name}")
+        return progress
+
+    def close(self) -> None:
+        """Take the bar away, for good: an engine that is started again later says so in the log."""
+        self._closed = True
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def ready_text(serving: node.Serving, *, with_key: bool) -> str:
+    """What a node says when it can be asked: where, what, how much, and a command to try it."""
+    info, status = serving.prepared.info, serving.status
+    body = {"model": info.id, "messages": [{"role": "user", "content": "Hello!"}]}
+    # The key itself is not repeated on a screen that others may see.
+    key = ' -H "Authorization: Bearer $SWARMCPP_API_KEY"' if with_key else ""
+    data = shlex.quote(json.dumps(body, ensure_ascii=False))
+    slots = f"{status.slots} slot{'' if status.slots == 1 else 's'} of {status.ctx_size} tokens"
+    memory = terminal.size_text(status.resident_bytes)
+    threads = serving.prepared.options.threads
+    return (
+        f"ready: {info.id} at {serving.url}/v1\n"
+        f"  {slots}, {memory} of memory, {threads} thread{'' if threads == 1 else 's'}\n"
+        f"  curl {serving.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {data}"
+    )

@@ -1,0 +1,204 @@
+"""The context: bit-identical streams, truncation, abort, and refusals that do not end the process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_support import poll, prompt_of
+from llama_support import BackendMaker
+
+from swarmcpp import _native
+from swarmcpp.core import Rows
+from swarmcpp.engine.abortflag import AbortFlag
+from swarmcpp.errors import DecodeAborted, DecodeFailed
+from swarmcpp.llama.backend import LlamaBackend
+from swarmcpp.llama.context import Batch, Context, ContextOptions, Model
+from swarmcpp.models.synthetic import Shape, write_model
+
+TOKENS = prompt_of(133, 5)
+
+
+def last_logits(backend: LlamaBackend, chunks: Sequence[int], neighbours: int = 0) -> np.ndarray:
+    """Logits after TOKENS, computed in `chunks` in slot 0 while other slots decode."""
+    for slot in range(backend.n_slots):
+        backend.truncate(slot, 0)
+    at = 0
+    for step, count in enumerate(chunks):
+        rows = [Rows(slot, step, [9 * slot], output=True) for slot in range(1, neighbours + 1)]
+        backend.decode([*rows, Rows(0, at, TOKENS[at : at + count], output=True)])
+        at += count
+    assert at == len(TOKENS) == backend.length(0)
+    return backend.logits(0)
+
+
+@pytest.mark.parametrize("chunks", [[133], [128, 5], [64, 64, 5], [32, 101], [1] * 133])
+def test_a_sequence_is_the_same_alone_and_beside_others(
+    tiny: Model, backend_on: BackendMaker, chunks: list[int]
+) -> None:
+    backend = backend_on(tiny)
+    alone = last_logits(backend, chunks)
+    for neighbours in (1, 3):
+        np.testing.assert_array_equal(last_logits(backend, chunks, neighbours), alone)
+
+
+def test_whole_tiles_of_64_are_the_same_in_any_chunks(tiny: Model, backend_on: BackendMaker) -> None:
+    """llama.cpp's attention changes its kernel at 64 rows: what stays on one side of it is bit-identical."""
+    backend = backend_on(tiny)
+    np.testing.assert_array_equal(last_logits(backend, [64, 64, 5]), last_logits(backend, [128, 5]))
+    np.testing.assert_array_equal(last_logits(backend, [16] * 8 + [5]), last_logits(backend, [32] * 4 + [5]))
+
+
+def test_slots_do_not_differ(tiny: Model, backend_on: BackendMaker) -> None:
+    backend = backend_on(tiny)
+    backend.decode([Rows(slot, 0, TOKENS[:40], output=True) for slot in range(4)])
+    for slot in range(1, 4):
+        np.testing.assert_array_equal(backend.logits(slot), backend.logits(0))
+
+
+def test_truncated_and_recomputed_is_the_same(tiny: Model, backend_on: BackendMaker) -> None:
+    backend = backend_on(tiny)
+    expected = last_logits(backend, [64, 64, 5])
+    for n_past in (132, 100, 1, 0):
+        backend.truncate(0, n_past)
+        assert backend.length(0) == n_past
+    backend.decode([Rows(0, 0, prompt_of(90, 1), output=True)])
+    np.testing.assert_array_equal(last_logits(backend, [64, 64, 5]), expected)
+
+
+def test_logits_are_what_the_sampler_sees(tiny: Model, backend_on: BackendMaker) -> None:
+    backend = backend_on(tiny)
+    logits = last_logits(backend, [133])
+    assert logits.shape == (tiny.vocab.n_vocab,)
+    assert np.isfinite(logits).all()
+
+
+def test_rows_that_do_not_follow_are_a_failed_decode(tiny: Model, backend_on: BackendMaker) -> None:
+    backend = backend_on(tiny)
+    backend.decode([Rows(0, 0, [1, 2, 3], output=True)])
+    with pytest.raises(DecodeFailed, match=r"llama_decode returned -?\d+ on 1 rows: .+"):
+        backend.decode([Rows(0, 7, [4], output=True)])
+
+
+def test_a_token_outside_the_vocabulary_is_a_failed_decode(tiny: Model, backend_on: BackendMaker) -> None:
+    with pytest.raises(DecodeFailed):
+        backend_on(tiny).decode([Rows(0, 0, [512], output=True)])
+
+
+def test_a_full_slot_is_a_failed_decode(tiny: Model, backend_on: BackendMaker) -> None:
+    backend = backend_on(tiny)
+    backend.decode([Rows(0, 0, prompt_of(256), output=False)])
+    with pytest.raises(DecodeFailed):
+        backend.decode([Rows(0, 256, [1], output=True)])
+
+
+def test_a_batch_never_exceeds_its_capacity() -> None:
+    batch = Batch(8)
+    assert batch.add(0, 0, [1] * 5, output_last=True) == 4
+    with pytest.raises(ValueError, match="9 rows do not fit into a batch of 8"):
+        batch.add(1, 0, [1] * 4, output_last=True)
+    assert batch.add(1, 0, [1] * 3, output_last=False) == 7
+    batch.clear()
+    assert batch.count == 0
+
+
+def test_a_batch_is_laid_out_for_llama_cpp() -> None:
+    batch = Batch(8)
+    batch.add(3, 10, [7, 8], output_last=False)
+    batch.add(1, 0, [9], output_last=True)
+    struct = batch.struct
+    assert struct.n_tokens == 3
+    assert [struct.token[i] for i in range(3)] == [7, 8, 9]
+    assert [struct.pos[i] for i in range(3)] == [10, 11, 0]
+    assert [struct.seq_id[i][0] for i in range(3)] == [3, 3, 1]
+    assert [struct.n_seq_id[i] for i in range(3)] == [1, 1, 1]
+    assert [struct.logits[i] for i in range(3)] == [0, 0, 1]
+
+
+def test_closing_twice_is_harmless(tiny: Model) -> None:
+    context = Context(tiny, ContextOptions(n_ctx=256, n_seqs=1, n_threads=1))
+    context.close()
+    context.close()
+
+
+# -- abort -------------------------------------------------------------------------------------------------------
+
+# 512 rows of it take some tenths of a second: long enough to be interrupted by another thread.
+SLOW = Shape("slow", "llama", 12, 512, 8, 2, 1408, 2048, 512)
+PROMPT = prompt_of(512, 2, 500)
+
+
+@pytest.fixture(scope="module")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    model = Model(write_model(tmp_path_factory.mktemp("slow") / "slow.gguf", SLOW, quant="Q8_0"), use_extra_bufts=False)
+    yield model
+    model.close()
+
+
+@pytest.fixture
+def abortable(slow_model: Model, tmp_path: Path) -> Iterator[tuple[LlamaBackend, AbortFlag, AbortFlag]]:
+    """A backend, its engine's abort flag, and the node's."""
+    node = AbortFlag(tmp_path / "abort", create=True)
+    engine = AbortFlag(tmp_path / "abort", create=False)
+    options = ContextOptions(1024, 2, 1, _native.abort_callback_address(), engine.address)
+    context = Context(slow_model, options)
+    yield LlamaBackend(slow_model, context), engine, node
+    context.close()
+    engine.close()
+    node.close()
+
+
+def test_another_thread_aborts_a_prefill(abortable: tuple[LlamaBackend, AbortFlag, AbortFlag]) -> None:
+    backend, engine, node = abortable
+    backend.decode([Rows(1, 0, [5, 6], output=True)])
+    begun = time.monotonic()
+    backend.decode([Rows(1, 2, [7], output=True), Rows(0, 0, PROMPT[:500], output=True)])
+    whole_s = time.monotonic() - begun
+    expected = backend.logits(0), backend.logits(1)
+    backend.truncate(0, 0)
+    backend.truncate(1, 2)
+
+    aborted_at: list[float] = []
+
+    def abort() -> None:
+        poll(lambda: node.abort_prompt(42), "the step begins")
+        aborted_at.append(time.monotonic())
+
+    thread = threading.Thread(target=abort)
+    thread.start()
+    engine.begin(1, [42])
+    with pytest.raises(DecodeAborted):
+        backend.decode([Rows(1, 2, [7], output=True), Rows(0, 0, PROMPT[:500], output=True)])
+    stopped = time.monotonic()
+    engine.end()
+    thread.join()
+    assert stopped - aborted_at[0] < whole_s / 2
+    backend.truncate(0, 0)
+    backend.truncate(1, 2)
+    assert (backend.length(0), backend.length(1)) == (0, 2)
+    engine.begin(2, [42])
+    backend.decode([Rows(1, 2, [7], output=True), Rows(0, 0, PROMPT[:500], output=True)])
+    engine.end()
+    np.testing.assert_array_equal(backend.logits(0), expected[0])
+    np.testing.assert_array_equal(backend.logits(1), expected[1])
+
+
+def test_an_abort_keeps_earlier_chunks(abortable: tuple[LlamaBackend, AbortFlag, AbortFlag]) -> None:
+    backend, engine, node = abortable
+    backend.decode([Rows(0, 0, PROMPT[:128], output=False)])
+    backend.decode([Rows(0, 128, PROMPT[128:256], output=True)])
+    expected = backend.logits(0)
+    backend.truncate(0, 128)
+    engine.begin(1, [1])
+    assert node.abort_prompt(1)
+    with pytest.raises(DecodeAborted):
+        backend.decode([Rows(0, 128, PROMPT[128:256], output=True)])
+    engine.end()
+    backend.truncate(0, 128)
+    assert backend.length(0) == 128
+    backend.decode([Rows(0, 128, PROMPT[128:256], output=True)])
+    np.testing.assert_array_equal(backend.logits(0), expected)

@@ -1,0 +1,128 @@
+"""Sampler chains: seeds, resumption, penalties, biases, checked on real logits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from engine_support import GREEDY, prompt_of, request
+from llama_support import BackendMaker, generate
+
+from swarmcpp.core import Rows, SamplingParams
+from swarmcpp.llama.backend import LlamaBackend
+from swarmcpp.llama.context import Model
+
+WARM = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+PENALISED = replace(GREEDY, repeat_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2, repeat_last_n=12)
+PROMPT = prompt_of(20, 3)
+
+
+@pytest.fixture
+def backend(tiny: Model, backend_on: BackendMaker) -> LlamaBackend:
+    return backend_on(tiny, n_seqs=1)
+
+
+def test_a_seed_decides(backend: LlamaBackend) -> None:
+    runs = [generate(backend, PROMPT, 20, replace(WARM, seed=seed)) for seed in (1, 2, 3, 2**32 - 2)]
+    assert len({tuple(run) for run in runs}) == len(runs)
+    assert generate(backend, PROMPT, 20, replace(WARM, seed=2)) == runs[1]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 42])
+@pytest.mark.parametrize("sampling", [SamplingParams(), WARM, replace(WARM, top_p=0.5, repeat_penalty=1.2)])
+def test_a_resumed_request_goes_on_with_its_random_numbers(
+    stories: Model, backend_on: BackendMaker, sampling: SamplingParams, seed: int
+) -> None:
+    backend = backend_on(stories, n_seqs=1)
+    prompt = stories.vocab.tokenize("Once upon a time", add_special=True, parse_special=False)
+    sampling = replace(sampling, seed=seed)
+    whole = generate(backend, prompt, 24, sampling)
+    for done in (1, 2, 5, 13):
+        assert generate(backend, prompt, 24 - done, sampling, whole[:done]) == whole[done:]
+
+
+def test_resuming_without_the_past_would_differ(backend: LlamaBackend) -> None:
+    """That the test above can fail: a fresh sampler draws the first numbers again."""
+    whole = generate(backend, PROMPT, 24, WARM)
+    assert generate(backend, [*PROMPT, *whole[:5]], 19, WARM) != whole[5:]
+
+
+def test_penalties_resume_too(backend: LlamaBackend) -> None:
+    whole = generate(backend, PROMPT, 24, PENALISED)
+    for done in (1, 7, 20):
+        assert generate(backend, PROMPT, 24 - done, PENALISED, whole[:done]) == whole[done:]
+
+
+def penalised(logits: np.ndarray, history: list[int], params: SamplingParams) -> int:
+    """The greedy choice under penalties, as llama.cpp documents them."""
+    for token, count in Counter(history[-params.repeat_last_n :]).items():
+        value = logits[token]
+        value = value * params.repeat_penalty if value <= 0 else value / params.repeat_penalty
+        logits[token] = value - count * params.frequency_penalty - params.presence_penalty
+    return int(logits.argmax())
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        replace(GREEDY, repeat_penalty=1.5, repeat_last_n=64),
+        replace(GREEDY, presence_penalty=2.0, repeat_last_n=5),
+        replace(GREEDY, frequency_penalty=1.5, repeat_last_n=300),
+        PENALISED,
+    ],
+)
+def test_penalties_look_at_prompt_and_answer(backend: LlamaBackend, params: SamplingParams) -> None:
+    sampler = backend.sampler(request(PROMPT, sampling=params))
+    history = list(PROMPT)
+    backend.decode([Rows(0, 0, history, output=True)])
+    for _ in range(40):
+        expected = penalised(backend.logits(0), history, params)
+        assert backend.sample(sampler, 0) == expected
+        history.append(expected)
+        backend.decode([Rows(0, len(history) - 1, [expected], output=True)])
+    sampler.close()
+
+
+def test_a_repeat_penalty_breaks_a_loop(stories: Model, backend_on: BackendMaker) -> None:
+    backend = backend_on(stories, n_seqs=1)
+    prompt = stories.vocab.tokenize("the the the the the", add_special=True, parse_special=False)
+    plain = generate(backend, prompt, 60, GREEDY)
+    fresh = generate(backend, prompt, 60, replace(GREEDY, repeat_penalty=1.5, repeat_last_n=64))
+    assert len(set(fresh)) > len(set(plain))
+    assert generate(backend, prompt, 60, replace(GREEDY, repeat_penalty=1.5, repeat_last_n=0)) == plain
+
+
+@pytest.mark.parametrize(
+    "narrow",
+    [replace(WARM, top_k=1), replace(WARM, top_p=0.0), replace(WARM, min_p=1.0), replace(WARM, temperature=1e-4)],
+)
+def test_the_narrowest_choice_is_greedy(backend: LlamaBackend, narrow: SamplingParams) -> None:
+    assert generate(backend, PROMPT, 20, narrow) == generate(backend, PROMPT, 20, GREEDY)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM])
+def test_a_logit_bias_forces_and_forbids(backend: LlamaBackend, sampling: SamplingParams) -> None:
+    assert generate(backend, PROMPT, 5, replace(sampling, logit_bias=((77, 100.0),))) == [77] * 5
+    free = generate(backend, PROMPT, 20, sampling)
+    forbidden = tuple((token, -100.0) for token in set(free))
+    assert not set(generate(backend, PROMPT, 20, replace(sampling, logit_bias=forbidden))) & set(free)
+
+
+def test_a_bias_outside_the_vocabulary_does_nothing(backend: LlamaBackend) -> None:
+    free = generate(backend, PROMPT, 5, GREEDY)
+    assert generate(backend, PROMPT, 5, replace(GREEDY, logit_bias=((-1, 100.0), (10**6, 100.0)))) == free
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM])
+def test_ignore_eos_forbids_every_end(backend: LlamaBackend, tiny: Model, sampling: SamplingParams) -> None:
+    eager = replace(sampling, logit_bias=tuple((token, 50.0) for token in tiny.vocab.eog_tokens))
+    assert set(generate(backend, PROMPT, 10, eager)) <= tiny.vocab.eog_tokens
+    assert not set(generate(backend, PROMPT, 10, replace(eager, ignore_eos=True))) & tiny.vocab.eog_tokens
+
+
+def test_closing_twice_is_harmless(backend: LlamaBackend) -> None:
+    sampler = backend.sampler(request(PROMPT))
+    sampler.close()
+    sampler.close()
