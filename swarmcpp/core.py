@@ -116,6 +116,28 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class KvLayout:
+    """The shape of one context's KV state: ggml types, and bytes of one token's row by layer."""
+
+    magic: int
+    n_stream: int
+    k_type: int
+    v_type: int
+    k_rows: tuple[int, ...]
+    v_rows: tuple[int, ...]
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the context."""
+        return len(self.k_rows)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of K and V of one token over all layers."""
+        return sum(self.k_rows) + sum(self.v_rows)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot of one engine, sent with every step's events; rates are moving averages in tokens/s."""
 

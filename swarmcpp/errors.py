@@ -22,6 +22,7 @@
     │   ├── NotEnoughMemory             what is needed, what is free
     │   ├── PortInUse                   address, and how to choose another
     │   └── DownloadFailed              URL, and what to do about it
+    ├── SnapshotError              500  snapshot             KV state or a block that is not what it should be
     └── WireError                  502  wire                 a message that cannot be decoded or is over its limit
 
 A class carries its HTTP status and wire code, so that each is mapped once and nowhere else.
@@ -150,6 +151,10 @@ class PortInUse(StartupError):
 
 class DownloadFailed(StartupError):
     code = "download_failed"
+
+
+class SnapshotError(SwarmError):
+    code = "snapshot"
 
 
 class WireError(SwarmError):

@@ -62,7 +62,7 @@ def _run_engine(options: EngineOptions, link: EngineLink, abort_file: Path) -> N
     # Imported here: these load llama.cpp, and a library that cannot be loaded must be reported through the link.
     import psutil
 
-    from swarmcpp import _native
+    from swarmcpp._native import abort_callback_address
     from swarmcpp.engine.abortflag import AbortFlag
     from swarmcpp.engine.loop import Engine
     from swarmcpp.engine.scheduler import Policy, Scheduler
@@ -77,7 +77,7 @@ def _run_engine(options: EngineOptions, link: EngineLink, abort_file: Path) -> N
             n_ctx=options.ctx_size,
             n_seqs=options.slots,
             n_threads=options.threads,
-            abort_callback=_native.abort_callback_address(),
+            abort_callback=abort_callback_address(),
             abort_data=abort.address,
         ),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -120,6 +121,8 @@ def _run_child(command: tuple[str, ...], candidate: Candidate) -> _Run:
         )
     except subprocess.TimeoutExpired:
         return _Run(f"did not finish within {TIMEOUT_S:.0f} s", {}, TIMEOUT_S)
+    except OSError as error:
+        return _Run(f"could not be started: {error}", {}, 0.0)
     if child.returncode:
         last = child.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
         return _Run(f"{_exit_name(child.returncode)} {' '.join(last)}".strip(), {}, 0.0)
@@ -145,10 +148,11 @@ def _disagreement(logits: dict[str, list[float]], reference: dict[str, list[floa
         got = logits.get(quant, [])
         if len(got) != len(expected):
             return f"{quant}: {len(got)} logits instead of {len(expected)}"
-        spread = max(expected) - min(expected)
-        worst = max(abs(a - b) for a, b in zip(got, expected, strict=True))
-        # Written so that NaN fails too.
-        if not worst <= MAX_DEVIATION * spread:
+        differences = [abs(a - b) for a, b in zip(got, expected, strict=True)]
+        if any(math.isnan(difference) for difference in differences):
+            return f"{quant}: logits are not numbers"
+        spread, worst = max(expected) - min(expected), max(differences)
+        if worst > MAX_DEVIATION * spread:
             return f"{quant}: logits differ by {worst:.3g} of a spread of {spread:.3g}"
     return ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -27,6 +28,16 @@ def post(path: str, body: dict[str, Any], version: str = "1.1") -> bytes:
     """A whole request as bytes."""
     data = json.dumps(body).encode()
     return f"POST {path} HTTP/{version}\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+def drain(client: socket.socket) -> bytes:
+    """All that a socket still gets until its end, orderly or not."""
+    client.settimeout(10)
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while data := client.recv(1 << 20):
+            received += data
+    return received
 
 
 async def events(response: aiohttp.ClientResponse) -> list[Any]:
@@ -196,6 +207,10 @@ async def test_a_client_that_does_not_read_loses_its_request(
         await until(lambda: len(service.cancelled) == 1)
         async with http.get(server.url + "/metrics") as response:
             assert 'endpoint="/v1/completions",outcome="slow_client"} 1.0' in await response.text()
+        # Cut off, not closed in good order: nothing follows the broken stream, least of all another response.
+        received = await asyncio.to_thread(drain, client)
+        assert received.count(b"HTTP/1.1 ") == 1
+        assert not received.endswith(b"\r\n0\r\n\r\n")
 
 
 async def test_a_long_answer_that_is_not_read_frees_the_connection(
@@ -249,6 +264,8 @@ async def test_merge_closes_streams_that_are_not_read_to_their_end(count: int) -
     streams = [_Stream(1000) for _ in range(count)]
     merged = merge(streams)
     await anext(merged)
+    for _ in range(200):
+        await asyncio.sleep(0)
     await merged.aclose()
     assert [stream.closed for stream in streams] == [1] * count
     # A reader that stops takes little from the streams: what is ahead of it is bounded.

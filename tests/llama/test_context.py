@@ -128,7 +128,7 @@ def test_closing_twice_is_harmless(tiny: Model) -> None:
 # -- abort -------------------------------------------------------------------------------------------------------
 
 # 512 rows of it take some tenths of a second: long enough to be interrupted by another thread.
-SLOW = Shape("slow", "llama", 12, 512, 8, 2, 1408, 2048, 512)
+SLOW = Shape("slow", "llama", 6, 512, 8, 2, 1408, 2048, 512)
 PROMPT = prompt_of(512, 2, 500)
 
 

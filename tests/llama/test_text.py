@@ -70,7 +70,7 @@ def test_any_bytes_become_text(pieces: list[bytes], stop: list[str]) -> None:
 
 @given(split(texts.map(str.encode)), stops)
 def test_nothing_that_was_released_is_taken_back(pieces: list[bytes], stop: list[str]) -> None:
-    """At every moment what is out is a beginning of what will be out, and holds no stop string."""
+    """Text that is out is final, so at no moment may it hold a stop string."""
     parts, _ = stream(pieces, stop)
     for count in range(len(parts) + 1):
         assert not any(one in "".join(parts[:count]) for one in stop)

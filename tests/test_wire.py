@@ -1,0 +1,195 @@
+"""The codec: everything comes back as it went, and nothing else comes in."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, get_args
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarmcpp import wire
+from swarmcpp.core import EngineStats, GenerateRequest, SamplingParams
+from swarmcpp.errors import WireError
+from swarmcpp.wire import MAX_FRAME, VERSION, Cancel, Fault, Message, Refused, Stop, Submit, TokenOut, decode, encode
+
+ids = st.integers(0, 2**63)
+tokens = st.integers(-(2**31), 2**31 - 1)
+numbers = st.floats(allow_nan=False)
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+sampling = st.builds(
+    SamplingParams,
+    temperature=numbers,
+    top_k=tokens,
+    top_p=numbers,
+    min_p=numbers,
+    seed=st.integers(0, 2**32 - 1),
+    repeat_penalty=numbers,
+    repeat_last_n=st.integers(0, 2**31),
+    presence_penalty=numbers,
+    frequency_penalty=numbers,
+    logit_bias=st.lists(st.tuples(tokens, numbers), max_size=4).map(tuple),
+    ignore_eos=st.booleans(),
+)
+requests = st.builds(
+    GenerateRequest,
+    id=text,
+    model=text,
+    prompt=st.lists(tokens, max_size=50).map(tuple),
+    max_tokens=tokens,
+    sampling=sampling,
+    stop=st.lists(text, max_size=3).map(tuple),
+    generated=st.lists(tokens, max_size=10).map(tuple),
+    cache_salt=text,
+    deadline_s=st.none() | numbers,
+)
+token_outs = st.builds(
+    TokenOut, ids, tokens, st.sampled_from([None, "stop", "length"]), st.integers(0, 2**31), numbers, numbers
+)
+stats = st.builds(
+    EngineStats,
+    slots=ids,
+    slots_busy=ids,
+    waiting=ids,
+    prefill_tps=numbers,
+    decode_tps=numbers,
+    steps=ids,
+)
+options = st.builds(
+    wire.EngineOptions,
+    model_path=text,
+    ctx_size=ids,
+    slots=ids,
+    threads=ids,
+    use_extra_bufts=st.booleans(),
+    prefill_chunk_tokens=ids,
+    prefill_budget_s=numbers,
+    continuous_batching=st.booleans(),
+    batched_prefill_forward=st.booleans(),
+)
+by_class: dict[type, st.SearchStrategy[Any]] = {
+    wire.Load: st.builds(wire.Load, options),
+    Submit: st.builds(Submit, ids, requests),
+    Cancel: st.builds(Cancel, ids),
+    Stop: st.builds(Stop),
+    wire.LoadProgress: st.builds(wire.LoadProgress, numbers),
+    wire.Ready: st.builds(wire.Ready, ids, ids, ids, ids),
+    Fault: st.builds(Fault, text, text),
+    wire.StepOut: st.builds(
+        wire.StepOut,
+        st.lists(token_outs, max_size=4).map(tuple),
+        stats,
+        st.lists(st.builds(Refused, ids, text, text), max_size=2).map(tuple),
+    ),
+}
+messages = st.one_of(*by_class.values())
+
+
+def test_every_message_has_a_strategy_here() -> None:
+    assert isinstance(Message, types.UnionType)
+    assert set(get_args(Message)) == set(by_class)
+
+
+@given(messages)
+def test_a_message_comes_back_as_it_went(message: Message) -> None:
+    frame = encode(message)
+    assert frame[0] == VERSION
+    assert decode(frame) == message
+
+
+@given(messages, st.data())
+def test_a_part_of_a_message_is_none(message: Message, data: st.DataObject) -> None:
+    frame = encode(message)
+    for cut in (frame[: data.draw(st.integers(0, len(frame) - 1))], frame + b"\xc0"):
+        with pytest.raises(WireError):
+            decode(cut)
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_a_wire_error(junk: bytes) -> None:
+    for frame in (junk, bytes((VERSION,)) + junk):
+        with pytest.raises(WireError):
+            decode(frame)
+
+
+@given(messages, st.data())
+def test_a_damaged_message_is_a_message_or_a_wire_error(message: Message, data: st.DataObject) -> None:
+    frame = bytearray(encode(message))
+    for _ in range(data.draw(st.integers(1, 4))):
+        frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        damaged = decode(bytes(frame))
+    except WireError as error:
+        assert "\n" not in str(error)
+    else:
+        assert type(damaged) in by_class
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\x91" * 100_000,
+        b"\x81\xa1x" * 100_000,
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdf\xff\xff\xff\xff",
+        b"\x82\xa4type\xa5fault\xa4code\xa1\xff",
+        b"\x81\xa4type\xa1\xff",
+        b"\x81\xa4type\xa7unknown",
+        b"\x82\xa4type\xa6cancel\xa6serial\xa1x",
+    ],
+)
+def test_hostile_frames(body: bytes) -> None:
+    with pytest.raises(WireError):
+        decode(bytes((VERSION,)) + body)
+
+
+@pytest.mark.parametrize("version", [0, VERSION + 1, 255])
+def test_another_version_says_so(version: int) -> None:
+    frame = bytes((version,)) + encode(Stop())[1:]
+    with pytest.raises(WireError, match=f"protocol version {version} where {VERSION} is spoken"):
+        decode(frame)
+
+
+def test_frames_over_the_limit_go_neither_out_nor_in() -> None:
+    with pytest.raises(WireError, match=f"exceeds the limit of {MAX_FRAME}"):
+        encode(Fault("x", "y" * MAX_FRAME))
+    with pytest.raises(WireError, match=f"outside 1..{MAX_FRAME}"):
+        decode(bytes((VERSION,)) + b"\x00" * MAX_FRAME)
+    with pytest.raises(WireError):
+        decode(b"")
+
+
+def test_the_largest_message_fits() -> None:
+    overhead = len(encode(Fault("x", "y" * 70_000))) - 70_000
+    frame = encode(Fault("x", "y" * (MAX_FRAME - overhead)))
+    assert len(frame) == MAX_FRAME
+    assert isinstance(decode(frame), Fault)
+
+
+@pytest.mark.parametrize("message", [Fault("x", "\ud800"), Cancel(2**64)])
+def test_what_msgpack_cannot_carry_is_a_wire_error(message: Message) -> None:
+    with pytest.raises(WireError, match=f"cannot encode a {type(message).__name__} message"):
+        encode(message)
+
+
+@given(messages)
+def test_unknown_fields_of_a_newer_peer_are_ignored(message: Message) -> None:
+    fields = msgspec.msgpack.decode(encode(message)[1:])
+    newer = {**fields, "added_later": [1, {"a": 2}]}
+    if "stats" in fields:
+        newer["stats"] = {**fields["stats"], "more": 1}
+        newer["tokens"] = [[*token, "more"] for token in fields["tokens"]]
+    if "request" in fields:
+        newer["request"] = {**fields["request"], "more": None}
+    assert decode(bytes((VERSION,)) + msgspec.msgpack.encode(newer)) == message
+
+
+def test_missing_fields_of_an_older_peer_have_their_defaults() -> None:
+    step = wire.StepOut((TokenOut(1, 2),), EngineStats(1, 0, 0))
+    fields = msgspec.msgpack.decode(encode(step)[1:])
+    del fields["refused"]
+    fields["tokens"] = [[1, 2]]
+    assert decode(bytes((VERSION,)) + msgspec.msgpack.encode(fields)) == step
