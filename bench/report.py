@@ -48,10 +48,11 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One claim that the run supports or does not."""
+    """One claim that the run supports or does not. `timed`: it rests on times, which a busy machine spoils."""
 
     text: str
     holds: bool
+    timed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,15 @@ class Outcome:
     commands: Mapping[str, str] = field(default_factory=dict)
     others_cores: float | None = None
     """Cores that other processes used meanwhile, on average."""
+
+    @property
+    def noisy(self) -> bool:
+        """Whether other processes took so much of the machine that times prove nothing."""
+        return self.others_cores is not None and self.others_cores > QUIET_CORES
+
+    def settles(self, verdict: Verdict) -> bool:
+        """Whether this run can decide `verdict` at all."""
+        return not (verdict.timed and self.noisy)
 
 
 def at_least(text: str, value: float, target: float) -> Verdict:
@@ -88,14 +98,15 @@ def show(outcome: Outcome, console: Console) -> None:
         table.add_section()
     if outcome.figures:
         console.print(table)
-    if outcome.others_cores is not None and outcome.others_cores > QUIET_CORES:
-        console.print(
-            f"  [yellow]other processes used {outcome.others_cores:.2f} cores meanwhile: noisy[/]", highlight=False
-        )
+    if outcome.noisy:
+        text = f"other processes used {outcome.others_cores:.2f} cores meanwhile: times prove nothing (??)"
+        console.print(f"  [yellow]{text}[/]", highlight=False)
     for note in outcome.notes:
         console.print(f"  {note}", markup=False, highlight=False)
     for verdict in outcome.verdicts:
         style, mark = ("green", "yes") if verdict.holds else ("red", "NO ")
+        if not outcome.settles(verdict):
+            style, mark = "yellow", "?? "
         console.print(f"  [{style}]{mark}[/] {verdict.text}", highlight=False)
 
 

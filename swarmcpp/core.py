@@ -5,7 +5,7 @@ Standard library only. Everything here is frozen: what crosses a module boundary
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -222,7 +222,7 @@ class Service(Protocol):
         """Prompt tokens of a raw completion. Raises UnknownModel, NotReady."""
         ...
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Admit `request` and stream its events. Closing the iterator cancels the work at once.
 
         Raises, before the first event or instead of Done: QueueFull, PromptTooLong, UnknownModel, NotReady,

@@ -13,7 +13,7 @@ KEY_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class KvIdentity:
-    """Everything but the tokens that KV depends on. The layer range is not in it: layers are a byte range of a block."""
+    """Everything but the tokens that KV depends on. Not the layer range: layers are a byte range of a block."""
 
     fingerprint: bytes
     """BLAKE3 of the model file."""

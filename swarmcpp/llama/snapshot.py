@@ -1,7 +1,7 @@
 """llama.cpp's sequence state as numpy views: parse it, cut it into blocks, compose it from blocks.
 
-The state of one sequence in a context with streams, as `llama_kv_cache::state_write` of the pinned llama.cpp has it, all
-little-endian:
+The state of one sequence in a context with streams, as `llama_kv_cache::state_write` of the pinned llama.cpp has it,
+all little-endian:
 
     u32 magic, i32 seq_id, u32 n_stream, then for each stream: u32 cell_count, and where that is not 0:
         per cell: i32 position, u32 n_seq_id (1), i32 seq_id

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from swarmcpp.errors import DownloadFailed
+from swarmcpp.files import try_lock
 
 HASH_CHUNK = 1 << 20
 
@@ -97,7 +98,7 @@ def locked(final: Path) -> Iterator[None]:
     file = path.open("ab")
     try:
         # A holder that has just finished has removed the file: its lock on the removed one would keep nobody out.
-        if not _try_lock(file) or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        if not try_lock(file) or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             raise DownloadFailed(f"{final}: another swarmcpp is downloading it now; wait for it, or stop it first")
         try:
             yield
@@ -107,29 +108,9 @@ def locked(final: Path) -> Iterator[None]:
         file.close()
 
 
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(file: BinaryIO) -> bool:
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-
-    def _remove_lock(path: Path, file: BinaryIO) -> None:
+def _remove_lock(path: Path, file: BinaryIO) -> None:
+    if sys.platform == "win32":
         # An open file cannot be removed on Windows; an empty lock file is left behind.
-        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
-else:
-    import fcntl
-
-    def _try_lock(file: BinaryIO) -> bool:
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
-
-    def _remove_lock(path: Path, file: BinaryIO) -> None:
-        # Removed while still held, so that nobody can lock the old file and miss the new one.
-        path.unlink(missing_ok=True)
+        return
+    # Removed while still held, so that nobody can lock the old file and miss the new one.
+    path.unlink(missing_ok=True)

@@ -77,3 +77,17 @@ def test_own_work_is_not_taken_for_that_of_others() -> None:
     others = Others()
     cores = others.cores()
     assert cores is None or cores >= 0.0
+
+
+def test_times_of_a_busy_machine_settle_nothing_but_exact_claims_stand() -> None:
+    timed, exact = at_least("faster", 2.0, 1.0), Verdict("same text", True, timed=False)
+    busy = Outcome("decode", verdicts=(timed, exact), others_cores=0.8)
+    assert [busy.settles(verdict) for verdict in busy.verdicts] == [False, True]
+    printed = io.StringIO()
+    show(busy, Console(file=printed, width=120))
+    assert "?? " in printed.getvalue()
+    assert "yes same text" in printed.getvalue()
+    quiet = Outcome("decode", verdicts=(timed,), others_cores=0.02)
+    unknown = Outcome("decode", verdicts=(timed,))
+    assert quiet.settles(timed)
+    assert unknown.settles(timed)

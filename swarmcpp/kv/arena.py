@@ -1,0 +1,241 @@
+"""The arena: one file of fixed-size blocks for one model, hot in the page cache, cold on disk, there after a restart.
+
+Layout, little-endian: a header page; a table of entries, one for each block; then the payloads, page-aligned. A block
+is written payload first, entry last, and an entry carries the BLAKE3 of its payload, which is checked before the first
+use. So whatever a crash, a full disk or a stray program leaves behind is a miss, never a wrong answer.
+
+Payloads are read and written with positioned reads and writes, not through a mapping: a mapped file that somebody
+truncates, or a disk that is full, kills a process with SIGBUS, while a read just comes back short.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from blake3 import blake3
+
+from swarmcpp.files import read_at, read_into, try_lock, write_at
+
+logger = logging.getLogger(__name__)
+
+MAGIC = b"SWARMKV\x01"
+PAGE = 4096
+_HEADER = struct.Struct("<8sQQ32s")
+_ENTRY = struct.Struct("<32s32s32sQ16s")
+_NO_KEY = bytes(32)
+DIGEST_BYTES = 32
+MAX_ARENAS = 8
+"""Nodes on one machine that may serve the same model from one data directory, each with an arena of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlock:
+    """An entry of the table. `digest` is the BLAKE3 of the payload; `tick` orders entries by last use."""
+
+    slot: int
+    key: bytes
+    parent: bytes
+    digest: bytes
+    tick: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaGeometry:
+    """Where things are in the file; sizes in bytes."""
+
+    block_bytes: int
+    n_blocks: int
+
+    @property
+    def stride(self) -> int:
+        """From one payload to the next."""
+        return -(-self.block_bytes // PAGE) * PAGE
+
+    @property
+    def payload_start(self) -> int:
+        """Offset of the first payload."""
+        return PAGE + -(-self.n_blocks * _ENTRY.size // PAGE) * PAGE
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the whole file."""
+        return self.payload_start + self.n_blocks * self.stride
+
+    def offset(self, slot: int) -> int:
+        """Offset of a payload. Raises IndexError for a slot that the arena does not have."""
+        if not 0 <= slot < self.n_blocks:
+            raise IndexError(f"block slot {slot} of {self.n_blocks}")
+        return self.payload_start + slot * self.stride
+
+    @staticmethod
+    def within(block_bytes: int, max_bytes: int) -> ArenaGeometry:
+        """The largest arena of at most `max_bytes`; it may have no block."""
+        geometry = ArenaGeometry(block_bytes, max(0, (max_bytes - 2 * PAGE) // (block_bytes + _ENTRY.size)))
+        while geometry.n_blocks and geometry.file_bytes > max_bytes:
+            geometry = ArenaGeometry(
+                block_bytes, geometry.n_blocks - 1 - (geometry.file_bytes - max_bytes) // geometry.stride
+            )
+        return geometry
+
+
+class Arena:
+    """The writer's side of an arena file, held by one node process (a lock file keeps others out). Thread-safe."""
+
+    def __init__(self, path: Path, geometry: ArenaGeometry, identity: bytes, lock: BinaryIO) -> None:
+        self.path = path
+        self.geometry = geometry
+        self._identity = identity
+        self._lock_file = lock
+        self._lock = threading.Lock()
+        self._fd = -1
+
+    # -- opening -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls, directory: Path, identity: bytes, block_bytes: int, max_bytes: int | None, default_bytes: int
+    ) -> Arena | None:
+        """The first arena for `identity` (32 bytes) that no other node holds; created, or emptied, where needed.
+
+        `max_bytes` None keeps the size of an existing arena and makes a new one of `default_bytes`. None when the size
+        allows no block. Raises OSError when the directory cannot be written.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        for number in range(MAX_ARENAS):
+            path = directory / (identity.hex()[:16] + (f"-{number}" if number else "") + ".arena")
+            lock = _try_lock(path.with_suffix(".lock"))
+            if lock is None:
+                continue
+            try:
+                return cls._open(path, identity, block_bytes, max_bytes, default_bytes, lock)
+            except BaseException:
+                lock.close()
+                raise
+        raise OSError(f"{directory}: {MAX_ARENAS} other nodes hold the arenas of this model; use another --data-dir")
+
+    @classmethod
+    def _open(
+        cls, path: Path, identity: bytes, block_bytes: int, max_bytes: int | None, default_bytes: int, lock: BinaryIO
+    ) -> Arena | None:
+        existing = read_header(path)
+        known = existing is not None and existing[0].block_bytes == block_bytes and existing[1] == identity
+        if known and existing is not None and max_bytes is None:
+            geometry = existing[0]
+        else:
+            geometry = ArenaGeometry.within(block_bytes, default_bytes if max_bytes is None else max_bytes)
+        if not geometry.n_blocks:
+            lock.close()
+            return None
+        arena = cls(path, geometry, identity, lock)
+        arena._fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
+        if not known or existing is None or existing[0] != geometry:
+            if path.stat().st_size:
+                logger.warning("%s is of another model, version or size: starting it empty", path)
+            arena._format()
+        # A file that was cut short reads as zeros where it was cut, and zeros match no digest.
+        if os.fstat(arena._fd).st_size < geometry.file_bytes:
+            os.truncate(arena._fd, geometry.file_bytes)
+        return arena
+
+    def _format(self) -> None:
+        os.truncate(self._fd, 0)
+        # Sparse: blocks take disk only once they are written.
+        os.truncate(self._fd, self.geometry.file_bytes)
+        header = _HEADER.pack(MAGIC, self.geometry.block_bytes, self.geometry.n_blocks, self._identity)
+        write_at(self._fd, header + blake3(header).digest(), 0)
+
+    def entries(self) -> Iterator[StoredBlock]:
+        """Every sound entry of the table, in slot order. Payloads are not read."""
+        table = read_at(self._fd, self.geometry.n_blocks * _ENTRY.size, PAGE)
+        for slot in range(len(table) // _ENTRY.size):
+            key, parent, digest, tick, check = _ENTRY.unpack_from(table, slot * _ENTRY.size)
+            if key != _NO_KEY and check == _check(slot, key, parent, digest):
+                yield StoredBlock(slot, key, parent, digest, tick)
+
+    # -- blocks --------------------------------------------------------------------------------------------------
+
+    def write(self, block: StoredBlock, payload: bytes | memoryview) -> None:
+        """Store a block in its slot, over whatever was there. Raises OSError (a full disk); the slot is then empty."""
+        with self._lock:
+            entry_at = PAGE + block.slot * _ENTRY.size
+            write_at(self._fd, bytes(_ENTRY.size), entry_at)
+            write_at(self._fd, payload, self.geometry.offset(block.slot))
+            check = _check(block.slot, block.key, block.parent, block.digest)
+            entry = _ENTRY.pack(block.key, block.parent, block.digest, block.tick, check)
+            write_at(self._fd, entry, entry_at)
+
+    def read(self, slot: int) -> bytes:
+        """A payload as it is in the file; shorter than a block when the file was cut."""
+        return read_at(self._fd, self.geometry.block_bytes, self.geometry.offset(slot))
+
+    def erase(self, slot: int) -> None:
+        """Forget a block; its bytes stay until they are overwritten."""
+        with self._lock, suppress(OSError):
+            write_at(self._fd, bytes(_ENTRY.size), PAGE + slot * _ENTRY.size)
+
+    def touch(self, slot: int, tick: int) -> None:
+        """Note a use, so that the order of eviction survives a restart."""
+        with self._lock, suppress(OSError):
+            write_at(self._fd, struct.pack("<Q", tick), PAGE + slot * _ENTRY.size + 96)
+
+    def close(self) -> None:
+        """Release the file and the lock."""
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+            self._lock_file.close()
+
+
+class ArenaReader:
+    """An engine's read-only view of its node's arena."""
+
+    def __init__(self, path: Path, geometry: ArenaGeometry) -> None:
+        self._geometry = geometry
+        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+    def read_into(self, slot: int, target: memoryview) -> bool:
+        """Fill `target` (one block) from a slot; False when the file is too short."""
+        try:
+            return read_into(self._fd, target, self._geometry.offset(slot)) == len(target)
+        except (OSError, IndexError):
+            return False
+
+    def close(self) -> None:
+        """Release the file."""
+        os.close(self._fd)
+
+
+def read_header(path: Path) -> tuple[ArenaGeometry, bytes] | None:
+    """Geometry and identity of an arena file; None when it is no sound arena of this version."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_HEADER.size + DIGEST_BYTES)
+    except OSError:
+        return None
+    if len(raw) < _HEADER.size + DIGEST_BYTES or blake3(raw[: _HEADER.size]).digest() != raw[_HEADER.size :]:
+        return None
+    magic, block_bytes, n_blocks, identity = _HEADER.unpack_from(raw)
+    return (ArenaGeometry(block_bytes, n_blocks), identity) if magic == MAGIC else None
+
+
+def _check(slot: int, key: bytes, parent: bytes, digest: bytes) -> bytes:
+    # With the slot: an entry that was copied elsewhere in the table is not sound there.
+    return blake3(slot.to_bytes(8, "little") + key + parent + digest).digest()[:16]
+
+
+def _try_lock(path: Path) -> BinaryIO | None:
+    """An open file that is locked until it is closed; None when another process has it."""
+    file = path.open("a+b")
+    if try_lock(file):
+        return file
+    file.close()
+    return None
