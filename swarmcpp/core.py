@@ -146,7 +146,8 @@ class EngineStats:
     waiting: int
     prefill_tps: float = 0.0
     decode_tps: float = 0.0
-    steps: int = 0
+    calls: int = 0
+    """llama_decode calls so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,15 +253,8 @@ class Clock(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeRow:
-    """One running sequence takes part in a step with its last token."""
-
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """`count` prompt tokens of a slot, from `start`; `last` means that logits of its last row are wanted."""
+class Chunk:
+    """`count` tokens of a slot, from position `start`; `last` means that logits of its last row are wanted."""
 
     slot: int
     start: int
@@ -270,15 +264,15 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one llama_decode computes. Decode rows come first (they share one short ubatch)."""
+    """One step: a llama_decode for the decoding slots, then one for each group of prompt chunks of equal length."""
 
-    decode: tuple[DecodeRow, ...] = ()
-    prefill: tuple[PrefillChunk, ...] = ()
+    decode: tuple[Chunk, ...] = ()
+    prefill: tuple[tuple[Chunk, ...], ...] = ()
 
     @property
     def rows(self) -> int:
-        """Rows of the batch."""
-        return len(self.decode) + sum(chunk.count for chunk in self.prefill)
+        """Rows of all calls."""
+        return len(self.decode) + sum(chunk.count for group in self.prefill for chunk in group)
 
 
 @dataclass(frozen=True, slots=True)

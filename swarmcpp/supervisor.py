@@ -16,7 +16,7 @@ from pathlib import Path
 
 from swarmcpp.core import EngineState, EngineStats, GenerateRequest
 from swarmcpp.engine.abortflag import AbortFlag
-from swarmcpp.errors import EngineFailed, NotReady, StartupError, SwarmError, revive
+from swarmcpp.errors import EngineFailed, NotReady, StartupError, SwarmError, WireError, revive
 from swarmcpp.swarm.link import NodeLink
 from swarmcpp.wire import Cancel, EngineOptions, Fault, Load, LoadProgress, Ready, StepOut, Stop, Submit, TokenOut
 
@@ -32,6 +32,12 @@ BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Pause before the n-th restart in a row. The first is immediate: readers are waiting in mid-sentence."""
 
 STOP_GRACE_S = 3.0
+
+FAULT_EXIT = 1
+"""Exit code of an engine that sent a Fault (and of one with an uncaught exception)."""
+
+LAST_WORDS_S = 1.0
+"""How long the messages and the stderr of an engine that exited are waited for."""
 
 _EXTERNAL = {-int(signal.SIGTERM), -int(getattr(signal, "SIGKILL", signal.SIGTERM))}
 
@@ -169,7 +175,7 @@ class EngineSupervisor:
         """Launch engines, one after another, until one is told to stop or nothing more can be tried."""
         try:
             while self.status.state not in ("stopped", "failed"):
-                await self._sleep(BACKOFF_S[min(self._deaths, len(BACKOFF_S) - 1)])
+                await self._sleep(BACKOFF_S[min(max(self._deaths - 1, 0), len(BACKOFF_S) - 1)])
                 incarnation = self._incarnation = await self._launch()
                 try:
                     code = await self._attend(incarnation)
@@ -183,18 +189,24 @@ class EngineSupervisor:
             self._give_up(EngineFailed(f"the engine supervisor failed: {error}"))
 
     async def _launch(self) -> Incarnation:
-        directory = tempfile.TemporaryDirectory(prefix="swarmcpp-", ignore_cleanup_errors=True)
-        abort_file = Path(directory.name) / "abort"
-        abort = AbortFlag(abort_file, create=True)
-        link = NodeLink()
-        process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-            # Ctrl-C belongs to the node, which then stops the engine in order.
-            start_new_session=sys.platform != "win32",
-        )
+        with contextlib.ExitStack() as undo:
+            directory = tempfile.TemporaryDirectory(prefix="swarmcpp-", ignore_cleanup_errors=True)
+            undo.callback(directory.cleanup)
+            abort_file = Path(directory.name) / "abort"
+            abort = AbortFlag(abort_file, create=True)
+            undo.callback(abort.close)
+            link = NodeLink()
+            # A link that is dropped with its socket open blocks for ever when it is collected.
+            undo.callback(link.close)
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                # Ctrl-C belongs to the node, which then stops the engine in order.
+                start_new_session=sys.platform != "win32",
+            )
+            undo.pop_all()
         incarnation = Incarnation(process, link, abort, directory)
         if process.stdin:
             ticket = {**link.ticket, "abort_file": str(abort_file)}
@@ -212,10 +224,12 @@ class EngineSupervisor:
             exited = asyncio.create_task(incarnation.process.wait())
             await asyncio.wait({exited, pump}, return_when=asyncio.FIRST_COMPLETED)
             if not exited.done():
-                # The pump ended first: a frame that is none of ours. Such an engine cannot be trusted with more.
-                incarnation.process.kill()
+                await self._dismiss(pump, exited, incarnation)
             code = await exited
-            await asyncio.wait({errors}, timeout=1.0)
+            await asyncio.wait({errors}, timeout=LAST_WORDS_S)
+            if code == FAULT_EXIT:
+                # The exit may be noticed before the Fault that explains it.
+                await asyncio.wait({pump}, timeout=LAST_WORDS_S)
             return code
         finally:
             pump.cancel()
@@ -224,6 +238,16 @@ class EngineSupervisor:
             if incarnation.process.returncode is None:
                 incarnation.process.kill()
                 await incarnation.process.wait()
+
+    async def _dismiss(self, pump: asyncio.Task[None], exited: asyncio.Task[int], incarnation: Incarnation) -> None:
+        """End an engine that has said its last: a Fault, or a frame that is none of ours."""
+        if error := pump.exception():
+            # Such an engine cannot be trusted with more.
+            self._fault = error if isinstance(error, SwarmError) else EngineFailed(f"engine messages: {error!r}")
+        else:
+            await asyncio.wait({exited}, timeout=STOP_GRACE_S)
+        if not exited.done():
+            incarnation.process.kill()
 
     async def _end(self, incarnation: Incarnation) -> None:
         with contextlib.suppress(EngineFailed):
@@ -237,7 +261,14 @@ class EngineSupervisor:
     async def _collect_stderr(self, incarnation: Incarnation) -> None:
         if incarnation.process.stderr is None:
             return
-        async for line in incarnation.process.stderr:
+        while True:
+            try:
+                line = await incarnation.process.stderr.readline()
+            except ValueError:
+                # Longer than the reader's buffer; it is dropped, so that the engine never blocks on a full pipe.
+                continue
+            if not line:
+                return
             text = line.decode("utf-8", "replace").rstrip()
             incarnation.stderr.append(text)
             logger.debug("engine: %s", text)
@@ -245,6 +276,7 @@ class EngineSupervisor:
     # -- messages ------------------------------------------------------------------------------------------------
 
     async def _pump(self, incarnation: Incarnation) -> None:
+        """Handle messages until a Fault, which is the last one. Raises WireError."""
         introduced = False
         while True:
             message = await incarnation.link.receive()
@@ -260,6 +292,7 @@ class EngineSupervisor:
                     self._on_ready(incarnation, message)
                 case Fault(code=code, message=text):
                     self._fault = revive(code, text)
+                    return
 
     def _on_ready(self, incarnation: Incarnation, ready: Ready) -> None:
         self._set(
@@ -270,9 +303,13 @@ class EngineSupervisor:
             slots=ready.slots,
             resident_bytes=ready.resident_bytes,
         )
-        streams, self._streams = list(self._streams.values()), {}
-        for stream in streams:
-            self._place(incarnation, stream)
+        # One by one: should this engine fail in between, the next one finds the rest.
+        for waiting, stream in list(self._streams.items()):
+            try:
+                self._place(incarnation, stream)
+            except WireError as error:
+                stream.fail(error)
+            del self._streams[waiting]
 
     def _on_step(self, step: StepOut) -> None:
         self.stats = step.stats
@@ -312,10 +349,10 @@ class EngineSupervisor:
         """Give a stream to this engine under a new serial, from where it stands."""
         self._serial += 1
         stream.serial = self._serial
-        self._streams[self._serial] = stream
         incarnation.link.send(
             Submit(serial=self._serial, request=replace(stream.request, generated=tuple(stream.tokens)))
         )
+        self._streams[self._serial] = stream
 
     def cancel(self, stream: EngineStream) -> None:
         """Drop a request at once; a prompt in the middle of a step is aborted. Finished streams are ignored."""
@@ -335,7 +372,8 @@ class EngineSupervisor:
             self._give_up(self._fault)
             return
         self._deaths += 1
-        limit = MAX_KILLS if code in _EXTERNAL else MAX_CRASHES
+        # With a fault, a SIGKILL was the supervisor's own.
+        limit = MAX_KILLS if code in _EXTERNAL and self._fault is None else MAX_CRASHES
         reason = _describe_exit(code, incarnation.stderr, self._fault)
         self._fault = None
         logger.warning("the engine died (%s); death %d of %d in a row", reason, self._deaths, limit)

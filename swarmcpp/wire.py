@@ -137,7 +137,7 @@ def decode(frame: bytes) -> Message:
     try:
         message: Message = _decoder.decode(memoryview(frame)[1:])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError(f"cannot decode a message: {error}") from error
+        raise WireError(" ".join(f"cannot decode a message: {error}".split())) from error
     return message
 
 

@@ -18,7 +18,7 @@ import pytest
 from engine_support import GREEDY, poll, prompt_of, request, stories_model
 
 from swarmcpp.core import SamplingParams
-from swarmcpp.errors import BadModel, EngineFailed, NotReady, PromptTooLong, SwarmError
+from swarmcpp.errors import BadModel, EngineFailed, NotReady, PromptTooLong, WireError
 from swarmcpp.models.synthetic import TINY, Shape, write_model
 from swarmcpp.supervisor import MAX_CRASHES, MAX_KILLS, EngineStatus, EngineStream, EngineSupervisor
 from swarmcpp.wire import EngineOptions, TokenOut
@@ -360,7 +360,7 @@ SCRIPTED = """
 import json, os, sys
 from swarmcpp.core import EngineStats
 from swarmcpp.swarm.link import WorkerLink
-from swarmcpp.wire import LoadProgress, Ready, StepOut, Submit, TokenOut
+from swarmcpp.wire import Fault, LoadProgress, Ready, StepOut, Submit, TokenOut
 link = WorkerLink(json.loads(sys.stdin.readline()))
 link.send(LoadProgress(0.0))
 link.receive(60.0)
@@ -375,6 +375,7 @@ while True:
     count = len(request.generated)
     finish = "length" if count + 1 == request.max_tokens else None
     link.send(StepOut((TokenOut(message.serial, 100 + count, finish),), EngineStats(2, 1, 0)))
+link.send(Fault("decode_failed", "poison"))
 link.close()
 sys.exit(1)
 """
@@ -385,7 +386,7 @@ async def test_a_request_that_kills_engines_does_not_take_the_others_along(tiny:
         await ready(supervisor)
         good = supervisor.submit(request((7,), MAX_CRASHES + 1, sampling=GREEDY))
         poison = supervisor.submit(request((13,), 5))
-        with pytest.raises(EngineFailed, match=f"died {MAX_CRASHES} times on this request"):
+        with pytest.raises(EngineFailed, match=f"died {MAX_CRASHES} times on this request .poison"):
             await collect(poison)
         assert await tokens_of(good) == [100 + index for index in range(MAX_CRASHES + 1)]
         await ready(supervisor)
@@ -394,8 +395,11 @@ async def test_a_request_that_kills_engines_does_not_take_the_others_along(tiny:
 
 async def test_a_request_that_cannot_be_handed_over_leaves_nothing_behind(tiny: Path) -> None:
     async with supervised(options(tiny)) as supervisor:
+        early = supervisor.submit(request((2**70,)))
         await ready(supervisor)
-        with pytest.raises(SwarmError, match="cannot encode"):
+        with pytest.raises(WireError, match="cannot encode"):
+            await collect(early)
+        with pytest.raises(WireError, match="cannot encode"):
             supervisor.submit(request((2**70,)))
         assert supervisor.active == 0
         assert len(await tokens_of(supervisor.submit(request(prompt_of(5), 2, sampling=ENDLESS)))) == 2

@@ -55,7 +55,7 @@ stats = st.builds(
     waiting=ids,
     prefill_tps=numbers,
     decode_tps=numbers,
-    steps=ids,
+    calls=ids,
 )
 options = st.builds(
     wire.EngineOptions,

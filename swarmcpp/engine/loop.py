@@ -10,7 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 
-from swarmcpp.core import Backend, Clock, EngineStats, FinishReason, Rows, StepPlan
+from swarmcpp.core import Backend, Chunk, Clock, EngineStats, FinishReason, Rows
 from swarmcpp.engine.abortflag import AbortFlag
 from swarmcpp.engine.scheduler import Scheduler
 from swarmcpp.engine.slots import Running, Slot, Waiting
@@ -37,7 +37,7 @@ class Engine:
         self._slots = [Slot(index) for index in range(backend.n_slots)]
         self._waiting: deque[Waiting] = deque()
         self._refused: list[Refused] = []
-        self._steps = 0
+        self._calls = 0
         self._decode_tps = 0.0
         self.stopped = False
 
@@ -53,11 +53,14 @@ class Engine:
                 self.check_integrity()
 
     def step(self) -> None:
-        """One step: plan, run, commit."""
+        """One step: plan, then run and commit each call."""
         self._admit()
         plan = self._scheduler.plan([view for slot in self._slots if (view := slot.view())])
-        if plan.rows and self._run(plan):
-            self._commit(plan)
+        if plan.decode and self._run(plan.decode, decode=True):
+            self._commit(plan.decode)
+        for group in plan.prefill:
+            if self._run(group, decode=False):
+                self._commit(group)
 
     @property
     def busy(self) -> bool:
@@ -126,49 +129,43 @@ class Engine:
 
     # -- a step --------------------------------------------------------------------------------------------------
 
-    def _run(self, plan: StepPlan) -> bool:
-        """Compute `plan`; False when the node aborted it, with the KV as it was before."""
-        rows, prompts = self._rows(plan)
-        self._steps += 1
+    def _run(self, chunks: Sequence[Chunk], *, decode: bool) -> bool:
+        """Compute `chunks` in one call; False when the node aborted it, with the KV as it was before."""
+        rows = [
+            Rows(
+                chunk.slot,
+                chunk.start,
+                self._running(chunk.slot).tokens[chunk.start : chunk.start + chunk.count],
+                chunk.last,
+            )
+            for chunk in chunks
+        ]
+        self._calls += 1
         begun = self._clock()
-        self._abort.begin(self._steps, prompts)
+        # Nobody may abort a decode call: it is short, and most of it is others' work.
+        self._abort.begin(self._calls, [] if decode else [self._running(chunk.slot).serial for chunk in chunks])
         try:
             self._backend.decode(rows)
         except DecodeAborted:
-            for part in rows:
-                self._backend.truncate(part.slot, part.start)
+            for chunk in chunks:
+                self._backend.truncate(chunk.slot, chunk.start)
             return False
         finally:
             self._abort.end()
-        seconds = self._clock() - begun
-        self._scheduler = self._scheduler.learned(plan, seconds)
-        if plan.decode and seconds > 0:
-            rate = len(plan.decode) / seconds
-            self._decode_tps += 0.2 * (rate - self._decode_tps) if self._decode_tps else rate
+        self._learn(chunks, self._clock() - begun, decode=decode)
         return True
 
-    def _rows(self, plan: StepPlan) -> tuple[list[Rows], list[int]]:
-        """The batch of a plan, decode rows first, and the serials of its prompts."""
-        rows: list[Rows] = []
-        prompts: list[int] = []
-        for row in plan.decode:
-            running = self._running(row.slot)
-            rows.append(Rows(row.slot, running.n_past, running.tokens[running.n_past :], output=True))
-        for chunk in plan.prefill:
-            running = self._running(chunk.slot)
-            tokens = running.tokens[chunk.start : chunk.start + chunk.count]
-            rows.append(Rows(chunk.slot, chunk.start, tokens, output=chunk.last))
-            prompts.append(running.serial)
-        return rows, prompts
+    def _learn(self, chunks: Sequence[Chunk], seconds: float, *, decode: bool) -> None:
+        self._scheduler = self._scheduler.learned(chunks, seconds, decode=decode)
+        if decode and seconds > 0:
+            rate = len(chunks) / seconds
+            self._decode_tps += 0.2 * (rate - self._decode_tps) if self._decode_tps else rate
 
-    def _commit(self, plan: StepPlan) -> None:
-        """Advance every slot of the step, sample where logits were asked for, and report."""
-        for row in plan.decode:
-            self._running(row.slot).n_past += 1
-        for chunk in plan.prefill:
+    def _commit(self, chunks: Sequence[Chunk]) -> None:
+        """Advance the slots of a call, sample where logits were asked for, and report."""
+        for chunk in chunks:
             self._running(chunk.slot).n_past += chunk.count
-        ends = [row.slot for row in plan.decode] + [chunk.slot for chunk in plan.prefill if chunk.last]
-        self._report([self._sample(self._slots[index]) for index in ends])
+        self._report([self._sample(self._slots[chunk.slot]) for chunk in chunks if chunk.last])
 
     def _sample(self, slot: Slot) -> TokenOut:
         running = self._running(slot.index)
@@ -218,7 +215,7 @@ class Engine:
             waiting=len(self._waiting),
             prefill_tps=1.0 / row_s if row_s else 0.0,
             decode_tps=self._decode_tps,
-            steps=self._steps,
+            calls=self._calls,
         )
 
     def check_integrity(self) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from swarmcpp.core import DecodeRow, PrefillChunk, StepPlan
+from swarmcpp.core import Chunk, StepPlan
 
-TILE_ROWS = 16
-"""Chunks are whole tiles: llama.cpp's repacked matmul kernels work on rows in multiples of 4 to 16."""
+TILE_ROWS = 64
+"""Rows of one sequence from which ggml's flash attention on CPUs takes its tiled kernel (`ggml_fa_tile_config::Q`).
 
-MIN_CHUNK_ROWS = 32
-"""Least prompt rows of a step while others decode: fewer cost nearly as much, since the weights are read anyway."""
+The tiled kernel and the one for fewer rows round differently. So a prompt's full tiles are always computed as tiles and
+its tail always as fewer rows, whatever runs beside it: that is what makes its tokens the same alone and under load.
+"""
 
 _ALPHA = 0.2
 """Weight of the newest sample in the moving averages: five steps forget an old operating point."""
@@ -22,12 +23,17 @@ _ALPHA = 0.2
 
 @dataclass(frozen=True, slots=True)
 class SlotView:
-    """What the scheduler may know of a busy slot; `remaining` prompt tokens from `start`, 0 when it decodes."""
+    """What the scheduler may know of a busy slot.
+
+    `start` tokens are in the KV and `remaining` more are to be prefilled (0: it decodes), of which those at positions
+    below `tile_end` in tiles.
+    """
 
     slot: int
     arrival: int
     start: int
     remaining: int
+    tile_end: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,39 +46,42 @@ class Policy:
     continuous_batching: bool = True
     batched_prefill_forward: bool = True
 
+    @property
+    def tile(self) -> int:
+        """Least rows of a step; chunks below a tile are all computed alike, so a small limit stays what it is."""
+        return min(TILE_ROWS, self.prefill_chunk_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Moving averages of measured steps: seconds of a pure decode step by its rows, seconds per prompt row."""
+    """Moving averages of measured calls: seconds of a decode call by its rows, and seconds per prompt row."""
 
     decode_s: tuple[tuple[int, float], ...] = ()
     prefill_row_s: float = 0.0
 
     def decode_cost(self, rows: int) -> float:
-        """Estimate of a pure decode step of `rows` rows, from the nearest row count seen; 0 before any."""
+        """Estimate of a decode call of `rows` rows, from the nearest row count seen; 0 before any."""
         if not rows or not self.decode_s:
             return 0.0
         return min(self.decode_s, key=lambda seen: (abs(seen[0] - rows), seen[0]))[1]
 
-    def learn(self, plan: StepPlan, seconds: float) -> CostModel:
-        """The model after a step of `plan` took `seconds`."""
-        decode_rows, prefill_rows = len(plan.decode), plan.rows - len(plan.decode)
-        if not prefill_rows:
-            seen = dict(self.decode_s)
-            seen[decode_rows] = _blend(seen.get(decode_rows), seconds)
-            return replace(self, decode_s=tuple(sorted(seen.items())))
-        if prefill_rows < TILE_ROWS:
+    def after_decode(self, rows: int, seconds: float) -> CostModel:
+        """The model after a decode call of `rows` rows took `seconds`."""
+        seen = dict(self.decode_s)
+        seen[rows] = _blend(seen.get(rows), seconds)
+        return replace(self, decode_s=tuple(sorted(seen.items())))
+
+    def after_prefill(self, rows: int, seconds: float) -> CostModel:
+        """The model after a call of `rows` prompt rows took `seconds`; less than half a tile says little."""
+        if rows < TILE_ROWS // 2:
             return self
-        # A row costs something even if the decode part was estimated too high.
-        row_s = max(seconds - self.decode_cost(decode_rows), seconds / 10) / prefill_rows
-        return replace(self, prefill_row_s=_blend(self.prefill_row_s or None, row_s))
+        return replace(self, prefill_row_s=_blend(self.prefill_row_s or None, seconds / rows))
 
     def rows_within(self, budget_s: float, decode_rows: int) -> int:
-        """Prompt rows that fit into `budget_s` beside `decode_rows`, in whole tiles, at least MIN_CHUNK_ROWS."""
+        """Prompt rows that fit into `budget_s` beside a decode call of `decode_rows`; 0 when unknown or none."""
         if self.prefill_row_s <= 0.0:
-            return MIN_CHUNK_ROWS
-        rows = int((budget_s - self.decode_cost(decode_rows)) / self.prefill_row_s)
-        return max(MIN_CHUNK_ROWS, rows - rows % TILE_ROWS)
+            return 0
+        return max(0, int((budget_s - self.decode_cost(decode_rows)) / self.prefill_row_s))
 
 
 def _blend(old: float | None, new: float) -> float:
@@ -81,7 +90,7 @@ def _blend(old: float | None, new: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Scheduler:
-    """Plans steps under a policy. Immutable; `learned` returns the scheduler that knows one more step."""
+    """Plans steps under a policy. Immutable: what it learns is in the scheduler that `learned` returns."""
 
     policy: Policy
     cost: CostModel = field(default_factory=CostModel)
@@ -94,39 +103,63 @@ class Scheduler:
         return min(free_slots, waiting)
 
     def plan(self, slots: Sequence[SlotView]) -> StepPlan:
-        """The next step: every decoding slot's row, then prompt chunks up to the row and time limits."""
-        decode = tuple(DecodeRow(view.slot) for view in slots if not view.remaining)
+        """The next step: a row for every decoding slot, then prompt chunks up to the row and time limits.
+
+        Calls hold chunks of equal length only: llama.cpp would split others, and with them a tile.
+        """
+        decode = tuple(Chunk(view.slot, view.start, 1, last=True) for view in slots if not view.remaining)
         prompts = sorted((view for view in slots if view.remaining), key=lambda view: view.arrival)
-        if not prompts:
-            return StepPlan(decode=decode)
-        per_prompt = self.policy.prefill_chunk_tokens
-        total = self.policy.max_rows - len(decode)
-        if decode:
-            total = min(total, per_prompt, self.cost.rows_within(self.policy.prefill_budget_s, len(decode)))
         if not self.policy.batched_prefill_forward:
             prompts = prompts[:1]
-        return StepPlan(decode=decode, prefill=_share(prompts, total, per_prompt))
+        if not prompts:
+            return StepPlan(decode=decode)
+        chunks = self._share(prompts, self._prompt_rows(len(decode)))
+        by_count: dict[int, list[Chunk]] = {}
+        for chunk in sorted(chunks, key=lambda chunk: chunk.count):
+            by_count.setdefault(chunk.count, []).append(chunk)
+        return StepPlan(decode=decode, prefill=tuple(tuple(group) for group in by_count.values()))
 
-    def learned(self, plan: StepPlan, seconds: float) -> Scheduler:
-        """This scheduler after a step of `plan` took `seconds`."""
-        return replace(self, cost=self.cost.learn(plan, seconds))
+    def learned(self, calls: Sequence[Chunk], seconds: float, *, decode: bool) -> Scheduler:
+        """This scheduler after one call of these chunks took `seconds`."""
+        rows = sum(chunk.count for chunk in calls)
+        model = self.cost.after_decode(rows, seconds) if decode else self.cost.after_prefill(rows, seconds)
+        return replace(self, cost=model)
 
+    def _prompt_rows(self, decode_rows: int) -> int:
+        """Prompt rows of the next step, at least a tile; the budget counts only where it keeps somebody waiting.
 
-def _share(prompts: Sequence[SlotView], total: int, per_prompt: int) -> tuple[PrefillChunk, ...]:
-    """Rows for each prompt: half for the oldest, the rest by shortest remaining prompt first.
+        More rows than a chunk would not be faster (measured), and a prompt that ends in this step waits for the rest.
+        """
+        rows = min(self.policy.max_rows, self.policy.prefill_chunk_tokens)
+        if decode_rows:
+            rows = min(rows, self.cost.rows_within(self.policy.prefill_budget_s, decode_rows))
+        return max(self.policy.tile, rows)
 
-    Shortest first keeps short questions quick beside a long document; the half keeps the document moving.
-    """
-    take = dict.fromkeys((view.slot for view in prompts), 0)
-    oldest = prompts[0]
-    take[oldest.slot] = min(oldest.remaining, per_prompt, max(1, total // 2) if len(prompts) > 1 else total)
-    left = total - take[oldest.slot]
-    for view in sorted(prompts, key=lambda view: (view.remaining, view.arrival)):
-        more = min(left, min(view.remaining, per_prompt) - take[view.slot])
-        take[view.slot] += more
-        left -= more
-    return tuple(
-        PrefillChunk(view.slot, view.start, take[view.slot], last=take[view.slot] == view.remaining)
-        for view in prompts
-        if take[view.slot]
-    )
+    def _share(self, prompts: Sequence[SlotView], total: int) -> list[Chunk]:
+        """Rows for each prompt: half for the oldest, the rest by shortest remaining prompt first.
+
+        Shortest first keeps short questions quick beside a long document; the half keeps the document moving.
+        """
+        oldest = prompts[0]
+        half = max(self.policy.tile, total // 2) if len(prompts) > 1 else total
+        take = {oldest.slot: self._chunk_rows(oldest, half)}
+        left = total - take[oldest.slot]
+        for view in sorted(prompts[1:], key=lambda view: (view.remaining, view.arrival)):
+            take[view.slot] = self._chunk_rows(view, left)
+            left -= take[view.slot]
+        take[oldest.slot] = self._chunk_rows(oldest, take[oldest.slot] + left)
+        return [
+            Chunk(view.slot, view.start, take[view.slot], last=take[view.slot] == view.remaining)
+            for view in prompts
+            if take[view.slot]
+        ]
+
+    def _chunk_rows(self, view: SlotView, limit: int) -> int:
+        """Rows of a prompt's next chunk within `limit`: whole tiles before its `tile_end`, less than one after."""
+        chunk = min(self.policy.prefill_chunk_tokens, limit)
+        if self.policy.prefill_chunk_tokens < TILE_ROWS:
+            return min(view.remaining, chunk)
+        if view.start < view.tile_end:
+            rows = min(view.tile_end - view.start, chunk)
+            return rows - rows % TILE_ROWS
+        return min(view.remaining, chunk, TILE_ROWS - 1)

