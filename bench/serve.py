@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -68,6 +69,8 @@ def main(
 ) -> None:
     """Measure, print the tables and write the samples as JSON. Exit code 1 unless every claim holds."""
     console = Console(width=max(Console().width, WIDTH))
+    # Ended like by Ctrl-C, so that no server is left running.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen = scenario or list(SCENARIOS)
     for name in chosen:
         if name not in SCENARIOS:

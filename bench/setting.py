@@ -84,8 +84,7 @@ class Bed:
     async def __aenter__(self) -> Bed:
         try:
             for launch in self._launches:
-                # In a thread: waiting for one server to start must not stop the loop.
-                server = await asyncio.to_thread(self._servers.enter_context, running(launch, self._setup.out / "logs"))
+                server = await self._start(launch)
                 self.running[launch.name] = server
                 session = await self._sessions.enter_async_context(new_session())
                 async with session.get(f"{server.base_url}/v1/models") as response:
@@ -97,6 +96,17 @@ class Bed:
             await self._close()
             raise
         return self
+
+    async def _start(self, launch: Launch) -> Running:
+        # In a thread: waiting for one server to start must not stop the loop.
+        entering = asyncio.to_thread(self._servers.enter_context, running(launch, self._setup.out / "logs"))
+        starting = asyncio.create_task(entering)
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # The thread goes on: a server that started after the stack was closed would outlive the bench.
+            await asyncio.gather(starting, return_exceptions=True)
+            raise
 
     async def __aexit__(self, *_: object) -> None:
         await self._close()

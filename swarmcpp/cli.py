@@ -47,6 +47,7 @@ Threads = Annotated[str | None, _flag("engine.threads")]
 CtxSize = Annotated[str | None, _flag("engine.ctx_size")]
 Slots = Annotated[str | None, _flag("engine.slots")]
 DataDir = Annotated[str | None, _flag("storage.data_dir")]
+CacheSize = Annotated[str | None, _flag("storage.cache_size")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file to read instead of swarmcpp.toml.", show_default=False)
 ]
@@ -89,6 +90,7 @@ def serve(
     ctx_size: CtxSize = None,
     slots: Slots = None,
     data_dir: DataDir = None,
+    cache_size: CacheSize = None,
     config: ConfigFile = None,
     verbose: Verbose = 0,
 ) -> None:
@@ -97,7 +99,7 @@ def serve(
     MODEL is a GGUF file, or a name that `swarmcpp models` lists; that is downloaded when it is not here yet.
     """
     flags = {"model": model, "host": host, "port": port, "api_key": api_key, "data_dir": data_dir}
-    loaded = _load(config, verbose, **flags, threads=threads, ctx_size=ctx_size, slots=slots)
+    loaded = _load(config, verbose, **flags, threads=threads, ctx_size=ctx_size, slots=slots, cache_size=cache_size)
     from swarmcpp.commands import serve as command
 
     command.run(loaded)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -66,6 +67,24 @@ class InferenceConfig:
     prefill_chunk_tokens: int = setting(128, help="most prompt tokens in one step", low=1, high=4096)
     prefill_budget_ms: int = setting(400, help="time for prompt tokens in one step, in ms", low=10, high=60000)
     batched_prefill_forward: bool = setting(True, help="chunks of several prompts share one step")
+    prefix_cache_enabled: bool = setting(True, help="beginnings of prompts that were read are not read again")
+    prefix_cache_block_tokens: int = setting(64, help="tokens of a cached block", low=16, high=1024)
+    prefix_cache_max_entries: int = setting(
+        0, help="chains of blocks that the cache keeps", low=1, high=2**31, zero="as many as fit into --cache-size"
+    )
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of "0", "500M", "2G" or "1.5 GiB" (powers of 1024); None for "auto". Raises BadConfig on anything else."""
+    if text.strip().lower() == "auto":
+        return None
+    found = _SIZE.fullmatch(text.strip())
+    if not found:
+        raise BadConfig(f"storage.cache_size = {text!r}: expected auto, 0, or a size such as 500M or 2G")
+    return int(float(found[1]) * 1024 ** ("KMGT".index(found[2].upper()) + 1 if found[2] else 0))
 
 
 def default_data_dir() -> Path:
@@ -78,6 +97,15 @@ class StorageConfig:
     data_dir: Path = setting(  # noqa: RUF009 - it makes a dataclass field
         factory=default_data_dir, help="directory of models and caches", low=1, flag="--data-dir"
     )
+
+    cache_size: str = setting(
+        "auto", help="bytes of cached blocks on disk, such as 2G; 0: none", low=1, flag="--cache-size"
+    )
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """`cache_size` in bytes; None for "auto". Raises BadConfig."""
+        return parse_size(self.cache_size)
 
     @property
     def models_dir(self) -> Path:
@@ -229,6 +257,10 @@ def is_loopback(host: str) -> bool:
 
 def _check_together(config: Config, sources: Mapping[str, str]) -> None:
     server = config.server
+    try:
+        parse_size(config.storage.cache_size)
+    except BadConfig as error:
+        raise BadConfig(f"{error} (from {sources['storage.cache_size']})") from None
     if not is_loopback(server.host) and server.api_key is None:
         raise BadConfig(
             f"server.host = {server.host!r} ({sources['server.host']}) lets other machines in, so an API key is"

@@ -293,6 +293,26 @@ class SamplerLike(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class BlockRef:
+    """A block in the node's arena. `digest` is the BLAKE3 that its payload must have; empty: checked before."""
+
+    slot: int
+    digest: bytes = b""
+
+
+class BlockFile(Protocol):
+    """The payloads of a node's arena, as its engine reads and writes them."""
+
+    def read_into(self, slot: int, target: memoryview) -> bool:
+        """Fill `target` (one block) from an arena slot; False when that cannot be done."""
+        ...
+
+    def write(self, slot: int, payload: memoryview) -> bool:
+        """Put a payload into an arena slot that the node granted; False when that cannot be done."""
+        ...
+
+
 class Backend(Protocol):
     """One model with its context, as the engine loop drives it. Used by one thread."""
 
@@ -324,4 +344,19 @@ class Backend(Protocol):
 
     def length(self, slot: int) -> int:
         """Tokens in the slot's KV."""
+        ...
+
+    def copy_prefix(self, source: int, target: int, n_tokens: int) -> None:
+        """Replace the KV of slot `target` by the first `n_tokens` of slot `source`."""
+        ...
+
+    def load_blocks(self, slot: int, blocks: Sequence[BlockRef]) -> int:
+        """Replace a slot's KV by that of `blocks`; how many of them were sound and are loaded, from the first."""
+        ...
+
+    def store_blocks(self, slot: int, grants: Sequence[tuple[int, int]]) -> list[tuple[int, bytes]]:
+        """Write blocks of a slot's KV into the arena; grants are (block number, arena slot).
+
+        Returns (arena slot, BLAKE3 of the payload) of each that was written; values that are not finite are not.
+        """
         ...

@@ -18,6 +18,7 @@ from swarmcpp.core import (
     Event,
     FinishReason,
     GenerateRequest,
+    KvLayout,
     Limits,
     ModelInfo,
     NodeSnapshot,
@@ -26,12 +27,16 @@ from swarmcpp.core import (
     Usage,
 )
 from swarmcpp.errors import BadModel, Cancelled, NotReady, PromptTooLong, QueueFull, SwarmError, UnknownModel
-from swarmcpp.hardware import Hardware, read_hardware
+from swarmcpp.hardware import Hardware, disk_free, read_hardware
+from swarmcpp.kv.arena import Arena
+from swarmcpp.kv.cache import PrefixCache
+from swarmcpp.kv.keys import KvIdentity
 from swarmcpp.llama.chat import ChatCodec
 from swarmcpp.llama.probe import ProbeReport, probe
 from swarmcpp.llama.text import TextStream
 from swarmcpp.llama.vocab import VocabModel
 from swarmcpp.models.capacity import choose_capacity
+from swarmcpp.models.fingerprint import fingerprint
 from swarmcpp.models.inspect import ModelFile, inspect
 from swarmcpp.supervisor import EngineStatus, EngineStream, EngineSupervisor
 from swarmcpp.wire import EngineOptions, TokenOut
@@ -39,6 +44,12 @@ from swarmcpp.wire import EngineOptions, TokenOut
 logger = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER_S = 30.0
+
+DISK_SHARE = 10
+"""A new arena takes at most one part in so many of the free disk,"""
+
+MEMORY_SHARE = 4
+"""and of the machine's memory: blocks are quick as long as the page cache can hold them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +82,7 @@ def prepare(config: Config, path: Path, name: str | None = None) -> Prepared:
         prefill_budget_s=inference.prefill_budget_ms / 1000,
         continuous_batching=inference.continuous_batching,
         batched_prefill_forward=inference.batched_prefill_forward,
+        prefix_block_tokens=inference.prefix_cache_block_tokens if inference.prefix_cache_enabled else 0,
     )
     info = ModelInfo(
         id=name or path.stem,
@@ -225,6 +237,28 @@ async def _events(stream: EngineStream, text: TextStream, clock: Callable[[], fl
             return
 
 
+def open_cache(config: Config, prepared: Prepared, layout: KvLayout) -> PrefixCache | None:
+    """The node's blocks for a context of this shape; None, with a line in the log, when there can be none. Blocking."""
+    block_tokens = config.inference.prefix_cache_block_tokens
+    identity = KvIdentity(
+        fingerprint=fingerprint(prepared.model.files, config.storage.data_dir),
+        block_tokens=block_tokens,
+        kv_types=(layout.k_type, layout.v_type),
+    )
+    directory = config.storage.data_dir / "arena"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        default = min(disk_free(directory) // DISK_SHARE, prepared.hardware.memory_total // MEMORY_SHARE)
+        size = config.storage.cache_bytes
+        arena = Arena.open(directory, identity.root(), layout.token_bytes * block_tokens, size, default)
+    except OSError as error:
+        logger.warning("no cache on disk: %s", error)
+        return None
+    if arena is None:
+        return None
+    return PrefixCache(arena, identity, config.inference.prefix_cache_max_entries)
+
+
 @dataclass(frozen=True, slots=True)
 class Serving:
     """A node that answers, and what its ready line says."""
@@ -232,6 +266,8 @@ class Serving:
     prepared: Prepared
     status: EngineStatus
     url: str
+    cache_bytes: int
+    """Size of the arena on disk; 0: none."""
 
 
 async def run(
@@ -248,7 +284,11 @@ async def run(
     The port is bound before the model loads, so a port in use is reported at once and /health answers meanwhile.
     """
     prepared = await asyncio.to_thread(prepare, config, path, name)
-    supervisor = EngineSupervisor(prepared.options, on_change=on_progress)
+    supervisor = EngineSupervisor(
+        prepared.options,
+        on_change=on_progress,
+        open_cache=lambda layout: open_cache(config, prepared, layout),
+    )
     node = Node(config, prepared, supervisor)
     server = await _start_server(config, node)
     stop = stop or asyncio.Event()
@@ -262,7 +302,9 @@ async def run(
                 await started
             return
         await started
-        on_ready(Serving(prepared, supervisor.status, server.url))
+        cache = supervisor.cache
+        cache_bytes = cache.n_blocks * cache.block_bytes if cache else 0
+        on_ready(Serving(prepared, supervisor.status, server.url, cache_bytes))
         await stopping
     finally:
         await node.close()

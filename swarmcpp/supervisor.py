@@ -14,11 +14,27 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from swarmcpp.core import EngineState, EngineStats, GenerateRequest
+from swarmcpp.core import EngineState, EngineStats, GenerateRequest, KvLayout
 from swarmcpp.engine.abortflag import AbortFlag
 from swarmcpp.errors import EngineFailed, NotReady, StartupError, SwarmError, WireError, revive
+from swarmcpp.kv.cache import Grant, Lease, PrefixCache
 from swarmcpp.swarm.link import NodeLink
-from swarmcpp.wire import Cancel, EngineOptions, Fault, Load, LoadProgress, Ready, StepOut, Stop, Submit, TokenOut
+from swarmcpp.wire import (
+    BlocksFull,
+    BlocksStored,
+    Cancel,
+    EngineOptions,
+    Fault,
+    Load,
+    LoadProgress,
+    Ready,
+    StepOut,
+    Stop,
+    StoreBlocks,
+    Submit,
+    TokenOut,
+    UseArena,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +73,7 @@ class EngineStream:
         self.deaths = 0
         self.ready: deque[TokenOut] = deque()
         self.error: SwarmError | None = None
+        self.lease: Lease | None = None
         self.wake = asyncio.Event()
 
     def push(self, out: TokenOut) -> None:
@@ -95,6 +112,8 @@ class Incarnation:
     abort: AbortFlag
     directory: tempfile.TemporaryDirectory[str]
     stderr: deque[str] = field(default_factory=lambda: deque(maxlen=30))
+    grants: dict[int, deque[Grant]] = field(default_factory=dict)
+    """By serial, in the order of their StoreBlocks."""
 
     def close(self) -> None:
         """Release everything but the process."""
@@ -127,11 +146,15 @@ class EngineSupervisor:
         on_change: Callable[[EngineStatus], None] = lambda _status: None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         command: tuple[str, ...] = (sys.executable, "-m", "swarmcpp.worker"),
+        open_cache: Callable[[KvLayout], PrefixCache | None] = lambda _layout: None,
     ) -> None:
         self._options = options
         self._on_change = on_change
         self._sleep = sleep
         self._command = command
+        self._open_cache = open_cache
+        self.cache: PrefixCache | None = None
+        """The node's blocks, once an engine has told the shape of its KV."""
         self._streams: dict[int, EngineStream] = {}
         self._serial = 0
         self._deaths = 0
@@ -165,6 +188,9 @@ class EngineSupervisor:
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        if self.cache:
+            self.cache.close()
+            self.cache = None
 
     def _set(self, **changes: object) -> None:
         self.status = replace(self.status, **changes)  # type: ignore[arg-type]
@@ -181,6 +207,7 @@ class EngineSupervisor:
                     code = await self._attend(incarnation)
                 finally:
                     self._incarnation = None
+                    self._end_blocks(incarnation)
                     incarnation.close()
                 if self.status.state != "stopped":
                     self._after_death(code, incarnation)
@@ -289,12 +316,26 @@ class EngineSupervisor:
                 case LoadProgress(fraction=fraction):
                     self._set(load_fraction=fraction)
                 case Ready():
-                    self._on_ready(incarnation, message)
+                    await self._on_ready(incarnation, message)
+                case BlocksFull():
+                    self._on_full(incarnation, message)
+                case BlocksStored():
+                    self._on_stored(incarnation, message)
                 case Fault(code=code, message=text):
                     self._fault = revive(code, text)
                     return
 
-    def _on_ready(self, incarnation: Incarnation, ready: Ready) -> None:
+    async def _on_ready(self, incarnation: Incarnation, ready: Ready) -> None:
+        if ready.layout is None:
+            logger.info("no arena for this model: %s", ready.no_blocks)
+        elif self.cache is None:
+            # Opening reads the table of an arena, which may be large.
+            self.cache = await asyncio.to_thread(self._open_cache, ready.layout)
+        if self.cache:
+            cache = self.cache
+            incarnation.link.send(
+                UseArena(path=str(cache.path), block_bytes=cache.block_bytes, n_blocks=cache.n_blocks)
+            )
         self._set(
             state="ready",
             detail="",
@@ -319,11 +360,13 @@ class EngineSupervisor:
             stream = self._streams.get(out.serial)
             if stream is None:
                 continue
+            self._end_lease(stream, out)
             stream.push(out)
             if out.finish is not None:
                 del self._streams[out.serial]
         for refusal in step.refused:
             if stream := self._streams.pop(refusal.serial, None):
+                self._end_lease(stream)
                 stream.fail(revive(refusal.code, refusal.message))
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -349,19 +392,59 @@ class EngineSupervisor:
         """Give a stream to this engine under a new serial, from where it stands."""
         self._serial += 1
         stream.serial = self._serial
-        incarnation.link.send(
-            Submit(serial=self._serial, request=replace(stream.request, generated=tuple(stream.tokens)))
-        )
+        request = replace(stream.request, generated=tuple(stream.tokens))
+        if self.cache:
+            self._end_lease(stream)
+            stream.lease = self.cache.lease((*request.prompt, *request.generated), request.cache_salt)
+        blocks = stream.lease.refs if stream.lease else ()
+        incarnation.link.send(Submit(serial=self._serial, request=request, blocks=blocks))
         self._streams[self._serial] = stream
 
     def cancel(self, stream: EngineStream) -> None:
         """Drop a request at once; a prompt in the middle of a step is aborted. Finished streams are ignored."""
         stream.finished = True
         self._streams = {serial: other for serial, other in self._streams.items() if other is not stream}
+        self._end_lease(stream)
         if stream.serial and self._incarnation and self.status.state == "ready":
             with contextlib.suppress(EngineFailed):
                 self._incarnation.link.send(Cancel(serial=stream.serial))
             self._incarnation.abort.abort_prompt(stream.serial)
+
+    # -- blocks --------------------------------------------------------------------------------------------------
+
+    def _end_lease(self, stream: EngineStream, out: TokenOut | None = None) -> None:
+        """The engine needs a stream's blocks no more; `out`, its first token, tells which of them were sound."""
+        lease, stream.lease = stream.lease, None
+        if lease is None or self.cache is None:
+            return
+        told = out is not None and (out.tier == "arena" or out.bad_blocks)
+        self.cache.release(lease, out.cached_tokens if told and out else None)
+
+    def _on_full(self, incarnation: Incarnation, full: BlocksFull) -> None:
+        if self.cache is None:
+            return
+        grant = self.cache.grant(full.tokens, full.salt)
+        if grant.grants:
+            incarnation.grants.setdefault(full.serial, deque()).append(grant)
+            incarnation.link.send(StoreBlocks(serial=full.serial, grants=grant.grants))
+
+    def _on_stored(self, incarnation: Incarnation, stored: BlocksStored) -> None:
+        waiting = incarnation.grants.get(stored.serial)
+        if self.cache is None or not waiting:
+            return
+        self.cache.enter(waiting.popleft(), stored.written)
+        if not waiting:
+            del incarnation.grants[stored.serial]
+
+    def _end_blocks(self, incarnation: Incarnation) -> None:
+        """An engine is gone: nothing is read or written by it any more."""
+        for stream in self._streams.values():
+            self._end_lease(stream)
+        if self.cache:
+            for waiting in incarnation.grants.values():
+                for grant in waiting:
+                    self.cache.enter(grant, ())
+        incarnation.grants.clear()
 
     # -- deaths --------------------------------------------------------------------------------------------------
 

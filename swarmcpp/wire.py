@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from swarmcpp.core import EngineStats, FinishReason, GenerateRequest
+from swarmcpp.core import BlockRef, EngineStats, FinishReason, GenerateRequest, KvLayout
 from swarmcpp.errors import WireError
 
 VERSION: Final = 1
@@ -31,6 +31,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     prefill_budget_s: float
     continuous_batching: bool
     batched_prefill_forward: bool
+    prefix_block_tokens: int = 64
+    """Tokens of a block; 0 turns every reuse of prefixes off."""
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
@@ -44,6 +46,23 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
 
     serial: int
     request: GenerateRequest
+    blocks: tuple[BlockRef, ...] = ()
+    """The beginning of the prompt in the arena, kept there until the request's first token or its end."""
+
+
+class UseArena(msgspec.Struct, frozen=True, tag="arena"):
+    """Node to engine, after Ready: where blocks are. Only once, and only if the engine reported a KV layout."""
+
+    path: str
+    block_bytes: int
+    n_blocks: int
+
+
+class StoreBlocks(msgspec.Struct, frozen=True, tag="store"):
+    """Node to engine, in answer to BlocksFull: write these (block number, arena slot). Answered by BlocksStored."""
+
+    serial: int
+    grants: tuple[tuple[int, int], ...]
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -69,6 +88,25 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     slots: int
     threads: int
     resident_bytes: int
+    layout: KvLayout | None = None
+    """The shape of its KV; None when it cannot be cut into blocks, and `no_blocks` says why."""
+    no_blocks: str = ""
+
+
+class BlocksFull(msgspec.Struct, frozen=True, tag="full"):
+    """Engine to node: the KV of all blocks of `tokens` is there, and those from `first` may be new to the arena."""
+
+    serial: int
+    salt: str
+    tokens: tuple[int, ...]
+    first: int
+
+
+class BlocksStored(msgspec.Struct, frozen=True, tag="stored"):
+    """Engine to node: the answer to a StoreBlocks. (arena slot, digest) of what was written; the rest was not."""
+
+    serial: int
+    written: tuple[tuple[int, bytes], ...]
 
 
 class Fault(msgspec.Struct, frozen=True, tag="fault"):
@@ -81,13 +119,17 @@ class Fault(msgspec.Struct, frozen=True, tag="fault"):
 class TokenOut(msgspec.Struct, frozen=True, array_like=True):
     """One sampled token of request `serial`; `finish` is set on its last one.
 
-    `queue_s`, `prefill_s`: seconds spent waiting for a slot, and from slot to first token (set on the first token).
+    `cached_tokens` of the prompt came from `tier` ("slot" or "arena"); `queue_s`, `prefill_s`: seconds spent waiting
+    for a slot, and from slot to first token. All of these are set on the first token only.
     """
 
     serial: int
     token: int
     finish: FinishReason | None = None
     cached_tokens: int = 0
+    tier: str = ""
+    bad_blocks: bool = False
+    """Not all blocks of the Submit were sound; the arena should drop those after `cached_tokens`."""
     queue_s: float = 0.0
     prefill_s: float = 0.0
 
@@ -108,8 +150,8 @@ class StepOut(msgspec.Struct, frozen=True, tag="step"):
     refused: tuple[Refused, ...] = ()
 
 
-ToEngine = Load | Submit | Cancel | Stop
-FromEngine = LoadProgress | Ready | Fault | StepOut
+ToEngine = Load | UseArena | Submit | StoreBlocks | Cancel | Stop
+FromEngine = LoadProgress | Ready | Fault | StepOut | BlocksFull | BlocksStored
 Message = ToEngine | FromEngine
 
 _encoder = msgspec.msgpack.Encoder()

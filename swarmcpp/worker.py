@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from swarmcpp.errors import SwarmError
+from swarmcpp.errors import SnapshotError, SwarmError
 from swarmcpp.swarm.link import WorkerLink
-from swarmcpp.wire import EngineLink, EngineOptions, Fault, Load, LoadProgress, Ready, Stop
+from swarmcpp.wire import EngineLink, EngineOptions, Fault, Load, LoadProgress, Ready, Stop, UseArena
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def _run_engine(options: EngineOptions, link: EngineLink, abort_file: Path) -> N
     from swarmcpp.engine.abortflag import AbortFlag
     from swarmcpp.engine.loop import Engine
     from swarmcpp.engine.scheduler import Policy, Scheduler
+    from swarmcpp.kv.arena import ArenaFile, ArenaGeometry
     from swarmcpp.llama.backend import LlamaBackend
     from swarmcpp.llama.context import Context, ContextOptions, Model
 
@@ -81,7 +82,13 @@ def _run_engine(options: EngineOptions, link: EngineLink, abort_file: Path) -> N
             abort_data=abort.address,
         ),
     )
-    backend = LlamaBackend(model, context)
+    backend = LlamaBackend(model, context, options.prefix_block_tokens)
+    layout, no_blocks = None, "prefix_cache_enabled is off"
+    if options.prefix_block_tokens:
+        try:
+            layout, no_blocks = backend.learn(), ""
+        except SnapshotError as error:
+            no_blocks = str(error)
     policy = Policy(
         prefill_chunk_tokens=options.prefill_chunk_tokens,
         prefill_budget_s=options.prefill_budget_s,
@@ -89,9 +96,24 @@ def _run_engine(options: EngineOptions, link: EngineLink, abort_file: Path) -> N
         continuous_batching=options.continuous_batching,
         batched_prefill_forward=options.batched_prefill_forward,
     )
-    engine = Engine(backend, link, Scheduler(policy), abort, time.monotonic)
-    resident = psutil.Process().memory_info().rss
-    link.send(Ready(ctx_size=backend.n_ctx, slots=backend.n_slots, threads=options.threads, resident_bytes=resident))
+    # Copies between slots need the layout too.
+    reuse = options.prefix_block_tokens if layout else 0
+    engine = Engine(backend, link, Scheduler(policy), abort, time.monotonic, block_tokens=reuse)
+
+    def use_arena(message: UseArena) -> None:
+        backend.use_file(ArenaFile(Path(message.path), ArenaGeometry(message.block_bytes, message.n_blocks)))
+
+    engine.on_arena = use_arena
+    link.send(
+        Ready(
+            ctx_size=backend.n_ctx,
+            slots=backend.n_slots,
+            threads=options.threads,
+            resident_bytes=psutil.Process().memory_info().rss,
+            layout=layout,
+            no_blocks=no_blocks,
+        )
+    )
     try:
         engine.serve()
     finally:

@@ -191,7 +191,7 @@ def launched(model: Path, *arguments: str, env: Mapping[str, str] | None = None)
 
 @contextmanager
 def serving(model: Path, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[ServeProcess]:
-    """A server that is ready. At the end it is stopped by SIGTERM, unless the test has ended it, and must end cleanly."""
+    """A server that is ready. Unless the test has ended it, SIGTERM ends it afterwards, and must do so cleanly."""
     with launched(model, *arguments, env=env) as server:
         server.wait_listening()
         server.wait_ready()

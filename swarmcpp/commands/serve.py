@@ -119,8 +119,9 @@ def ready_text(serving: node.Serving, *, with_key: bool) -> str:
     slots = f"{status.slots} slot{'' if status.slots == 1 else 's'} of {status.ctx_size} tokens"
     memory = terminal.size_text(status.resident_bytes)
     threads = serving.prepared.options.threads
+    cache = f"{terminal.size_text(serving.cache_bytes)} of cache on disk" if serving.cache_bytes else "no cache on disk"
     return (
         f"ready: {info.id} at {serving.url}/v1\n"
-        f"  {slots}, {memory} of memory, {threads} thread{'' if threads == 1 else 's'}\n"
+        f"  {slots}, {memory} of memory, {threads} thread{'' if threads == 1 else 's'}, {cache}\n"
         f"  curl {serving.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {data}"
     )

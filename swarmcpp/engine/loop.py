@@ -8,14 +8,28 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from swarmcpp.core import Backend, Chunk, Clock, EngineStats, FinishReason, Rows
 from swarmcpp.engine.abortflag import AbortFlag
+from swarmcpp.engine.prefix import Placement, pack, place
 from swarmcpp.engine.scheduler import Scheduler
 from swarmcpp.engine.slots import Running, Slot, Waiting
 from swarmcpp.errors import DecodeAborted, PromptTooLong, SwarmError
-from swarmcpp.wire import Cancel, EngineLink, Refused, StepOut, Stop, Submit, ToEngine, TokenOut
+from swarmcpp.wire import (
+    BlocksFull,
+    BlocksStored,
+    Cancel,
+    EngineLink,
+    Refused,
+    StepOut,
+    Stop,
+    StoreBlocks,
+    Submit,
+    ToEngine,
+    TokenOut,
+    UseArena,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,21 +38,37 @@ IDLE_POLL_S = 5.0
 
 
 class Engine:
-    """Owner of the slots and of everything that waits for one."""
+    """Owner of the slots and of everything that waits for one.
+
+    `block_tokens` is the unit in which beginnings of prompts are reused, 0 for not at all.
+    """
 
     def __init__(
-        self, backend: Backend, link: EngineLink, scheduler: Scheduler, abort: AbortFlag, clock: Clock
+        self,
+        backend: Backend,
+        link: EngineLink,
+        scheduler: Scheduler,
+        abort: AbortFlag,
+        clock: Clock,
+        *,
+        block_tokens: int = 0,
     ) -> None:
         self._backend = backend
         self._link = link
         self._scheduler = scheduler
         self._abort = abort
         self._clock = clock
+        self._block_tokens = block_tokens
         self._slots = [Slot(index) for index in range(backend.n_slots)]
         self._waiting: deque[Waiting] = deque()
         self._refused: list[Refused] = []
+        self._full: list[BlocksFull] = []
         self._calls = 0
+        self._uses = 0
         self._decode_tps = 0.0
+        self._arena = False
+        self.on_arena: Callable[[UseArena], None] = lambda _message: None
+        """Opens the node's arena for the backend; raises OSError when it cannot."""
         self.stopped = False
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -73,7 +103,7 @@ class Engine:
         while message is not None:
             self.handle(message)
             message = self._link.receive(0.0)
-        if self._refused:
+        if self._refused or self._full:
             self._report(())
 
     def handle(self, message: ToEngine) -> None:
@@ -83,6 +113,10 @@ class Engine:
                 self._submit(message)
             case Cancel(serial=serial):
                 self._cancel(serial)
+            case StoreBlocks():
+                self._store(message)
+            case UseArena():
+                self._open_arena(message)
             case Stop():
                 self.stopped = True
             case _:
@@ -97,7 +131,8 @@ class Engine:
             error = PromptTooLong(f"{used} tokens do not fit into a slot of {self._backend.n_ctx}")
             self._refused.append(Refused(message.serial, error.code, str(error)))
             return
-        self._waiting.append(Waiting(message.serial, request, self._clock()))
+        tokens = pack((*request.prompt, *request.generated))
+        self._waiting.append(Waiting(message.serial, request, message.blocks, tokens, self._clock()))
 
     def _cancel(self, serial: int) -> None:
         self._waiting = deque(waiting for waiting in self._waiting if waiting.serial != serial)
@@ -106,40 +141,69 @@ class Engine:
                 self._release(slot)
 
     def _admit(self) -> None:
-        free = [slot for slot in self._slots if not slot.running]
-        count = self._scheduler.admissions(len(free), len(self._slots) - len(free), len(self._waiting))
-        for slot in free[:count]:
-            waiting = self._waiting.popleft()
-            request = waiting.request
-            now = self._clock()
-            slot.running = Running(
-                serial=waiting.serial,
-                request=request,
-                sampler=self._backend.sampler(request),
-                tokens=[*request.prompt, *request.generated],
-                queue_s=now - waiting.arrived_s,
-                admitted_s=now,
-            )
+        """Give slots to waiting requests, in order; one that waits for another's prefix keeps a slot free."""
+        busy = sum(1 for slot in self._slots if slot.running)
+        count = self._scheduler.admissions(len(self._slots) - busy, busy, len(self._waiting))
+        for waiting in list(self._waiting)[:count]:
+            held = [slot.as_held() for slot in self._slots]
+            salt = waiting.request.cache_salt
+            placement = place(waiting.tokens, salt, len(waiting.blocks), held, self._block_tokens)
+            if placement is not None:
+                self._waiting.remove(waiting)
+                self._start(waiting, placement)
+
+    def _start(self, waiting: Waiting, placement: Placement) -> None:
+        slot = self._slots[placement.slot]
+        cached = self._fetch(waiting, placement, slot)
+        request = waiting.request
+        now = self._clock()
+        self._uses += 1
+        slot.held, slot.salt, slot.last_used = waiting.tokens, request.cache_salt, self._uses
+        slot.serial = waiting.serial
+        slot.running = Running(
+            serial=waiting.serial,
+            request=request,
+            sampler=self._backend.sampler(request),
+            tokens=[*request.prompt, *request.generated],
+            queue_s=now - waiting.arrived_s,
+            admitted_s=now,
+            n_past=cached,
+            cached=cached,
+            tier=placement.tier if cached else "",
+            bad_blocks=placement.tier == "arena" and cached < placement.tokens,
+        )
+
+    def _fetch(self, waiting: Waiting, placement: Placement, slot: Slot) -> int:
+        """Bring the cached beginning of a prompt into `slot`; tokens that are there now."""
+        count, known = placement.tokens, len(waiting.blocks)
+        if placement.tier == "arena":
+            loaded = self._backend.load_blocks(slot.index, waiting.blocks[: count // self._block_tokens])
+            slot.stored = loaded
+            return loaded * self._block_tokens
+        if placement.source is not None:
+            source = self._slots[placement.source]
+            self._backend.copy_prefix(source.index, slot.index, count)
+            known = max(known, source.stored)
+        elif placement.tier == "slot":
+            known = max(known, slot.stored)
+            self._backend.truncate(slot.index, count)
+        else:
+            self._backend.truncate(slot.index, 0)
+        slot.stored = min(known, count // self._block_tokens) if self._block_tokens else 0
+        return count
 
     def _release(self, slot: Slot) -> None:
+        """End a slot's request. Its KV stays, since the next request may go on from it."""
         if slot.running:
-            slot.running.sampler.close()
-            slot.running = None
-            self._backend.truncate(slot.index, 0)
+            self._announce(slot)
+            slot.free(keep=self._block_tokens > 0)
+            self._backend.truncate(slot.index, slot.left)
 
     # -- a step --------------------------------------------------------------------------------------------------
 
     def _run(self, chunks: Sequence[Chunk], *, decode: bool) -> bool:
         """Compute `chunks` in one call; False when the node aborted it, with the KV as it was before."""
-        rows = [
-            Rows(
-                chunk.slot,
-                chunk.start,
-                self._running(chunk.slot).tokens[chunk.start : chunk.start + chunk.count],
-                chunk.last,
-            )
-            for chunk in chunks
-        ]
+        rows = [self._rows(chunk) for chunk in chunks]
         self._calls += 1
         begun = self._clock()
         # Nobody may abort a decode call: it is short, and most of it is others' work.
@@ -154,6 +218,10 @@ class Engine:
             self._abort.end()
         self._learn(chunks, self._clock() - begun, decode=decode)
         return True
+
+    def _rows(self, chunk: Chunk) -> Rows:
+        tokens = self._running(chunk.slot).tokens[chunk.start : chunk.start + chunk.count]
+        return Rows(chunk.slot, chunk.start, tokens, output=chunk.last)
 
     def _learn(self, chunks: Sequence[Chunk], seconds: float, *, decode: bool) -> None:
         self._scheduler = self._scheduler.learned(chunks, seconds, decode=decode)
@@ -173,14 +241,20 @@ class Engine:
         running.tokens.append(token)
         running.sampled += 1
         finish = self._finish(running, token)
-        first = running.sampled == 1
-        out = TokenOut(
-            serial=running.serial,
-            token=token,
-            finish=finish,
-            queue_s=running.queue_s if first else 0.0,
-            prefill_s=self._clock() - running.admitted_s if first else 0.0,
-        )
+        if running.sampled == 1:
+            self._announce(slot)
+            out = TokenOut(
+                serial=running.serial,
+                token=token,
+                finish=finish,
+                cached_tokens=running.cached,
+                tier=running.tier,
+                bad_blocks=running.bad_blocks,
+                queue_s=running.queue_s,
+                prefill_s=self._clock() - running.admitted_s,
+            )
+        else:
+            out = TokenOut(serial=running.serial, token=token, finish=finish)
         if finish:
             self._release(slot)
         return out
@@ -199,12 +273,46 @@ class Engine:
             raise SwarmError(f"slot {index} is planned but free")
         return running
 
+    # -- blocks --------------------------------------------------------------------------------------------------
+
+    def _open_arena(self, message: UseArena) -> None:
+        try:
+            self.on_arena(message)
+        except OSError as error:
+            logger.warning("%s: the engine cannot open the arena: %s", message.path, error)
+        else:
+            self._arena = True
+
+    def _announce(self, slot: Slot) -> None:
+        """Offer the node the full blocks that its arena may not have; it answers with StoreBlocks."""
+        running = slot.running
+        if not self._arena or running is None:
+            return
+        full = running.n_past // self._block_tokens
+        if full > slot.stored:
+            tokens = tuple(running.tokens[: full * self._block_tokens])
+            self._full.append(BlocksFull(running.serial, slot.salt, tokens, slot.stored))
+            slot.stored = full
+
+    def _store(self, message: StoreBlocks) -> None:
+        """Write the granted blocks if a slot still holds them."""
+        slot = next((slot for slot in self._slots if slot.serial == message.serial), None)
+        last = max((number for number, _ in message.grants), default=-1)
+        written: list[tuple[int, bytes]] = []
+        if slot is not None and (last + 1) * self._block_tokens <= slot.n_past:
+            written = self._backend.store_blocks(slot.index, message.grants)
+        self._link.send(BlocksStored(serial=message.serial, written=tuple(written)))
+
     # -- reports -------------------------------------------------------------------------------------------------
 
     def _report(self, tokens: Sequence[TokenOut]) -> None:
         refused, self._refused = tuple(self._refused), []
         if tokens or refused:
             self._link.send(StepOut(tokens=tuple(tokens), stats=self.stats(), refused=refused))
+        # After the tokens: readers come first.
+        full, self._full = self._full, []
+        for message in full:
+            self._link.send(message)
 
     def stats(self) -> EngineStats:
         """Counts and rates now."""
@@ -221,7 +329,6 @@ class Engine:
     def check_integrity(self) -> None:
         """Compare every slot's books with llama.cpp's. Raises SwarmError when they differ."""
         for slot in self._slots:
-            expected = slot.running.n_past if slot.running else 0
             held = self._backend.length(slot.index)
-            if held != expected:
-                raise SwarmError(f"slot {slot.index} holds {held} tokens in llama.cpp and {expected} in its books")
+            if held != slot.n_past:
+                raise SwarmError(f"slot {slot.index} holds {held} tokens in llama.cpp and {slot.n_past} in its books")

@@ -81,7 +81,9 @@ class CostModel:
         """Prompt rows that fit into `budget_s` beside a decode call of `decode_rows`; 0 when unknown or none."""
         if self.prefill_row_s <= 0.0:
             return 0
-        return max(0, int((budget_s - self.decode_cost(decode_rows)) / self.prefill_row_s))
+        rows = (budget_s - self.decode_cost(decode_rows)) / self.prefill_row_s
+        # Within what any batch holds: a cost that rounds to nothing would give infinity.
+        return int(min(max(rows, 0.0), 1e6))
 
 
 def _blend(old: float | None, new: float) -> float:
@@ -161,5 +163,7 @@ class Scheduler:
             return min(view.remaining, chunk)
         if view.start < view.tile_end:
             rows = min(view.tile_end - view.start, chunk)
-            return rows - rows % TILE_ROWS
+            # From within a tile (blocks that are no whole tiles were reused) first to its end.
+            inside = view.start % TILE_ROWS
+            return min(rows, TILE_ROWS - inside) if inside else rows - rows % TILE_ROWS
         return min(view.remaining, chunk, TILE_ROWS - 1)

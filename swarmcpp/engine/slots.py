@@ -1,11 +1,23 @@
-"""Slots: the sequences that one context holds at the same time."""
+"""Slots: the sequences that one context holds at the same time, and the requests that run in them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from swarmcpp.core import GenerateRequest, SamplerLike
+from swarmcpp.core import BlockRef, GenerateRequest, SamplerLike
+from swarmcpp.engine.prefix import Held, Tier, pack
 from swarmcpp.engine.scheduler import TILE_ROWS, SlotView
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request that has no slot yet. `tokens` is its prompt and what was generated before, packed."""
+
+    serial: int
+    request: GenerateRequest
+    blocks: tuple[BlockRef, ...]
+    tokens: bytes
+    arrived_s: float
 
 
 @dataclass(slots=True)
@@ -21,6 +33,9 @@ class Running:
     n_past: int = 0
     sampled: int = 0
     """Tokens that this engine sampled for the request."""
+    cached: int = 0
+    tier: Tier = ""
+    bad_blocks: bool = False
 
     @property
     def remaining(self) -> int:
@@ -30,10 +45,26 @@ class Running:
 
 @dataclass(slots=True)
 class Slot:
-    """One sequence of the context, free or running."""
+    """One sequence of the context. When free it keeps what its last request left, for the next one to go on from.
+
+    `held` are the packed tokens that are in its KV or, while a prompt is prefilled, will be; `left` is how many a free
+    slot's KV has of them; the arena knows of the first `stored` blocks.
+    """
 
     index: int
     running: Running | None = None
+    serial: int = 0
+    """Of the request that filled it last."""
+    held: bytes = b""
+    left: int = 0
+    salt: str = ""
+    last_used: int = 0
+    stored: int = 0
+
+    @property
+    def n_past(self) -> int:
+        """Tokens in the KV."""
+        return self.running.n_past if self.running else self.left
 
     def view(self) -> SlotView | None:
         """What the scheduler may know; None when free."""
@@ -43,11 +74,15 @@ class Slot:
         tile_end = len(running.request.prompt) // TILE_ROWS * TILE_ROWS
         return SlotView(self.index, running.serial, running.n_past, running.remaining, tile_end)
 
+    def as_held(self) -> Held:
+        """What the placement of other requests may know."""
+        return Held(self.index, self.held, self.n_past, self.salt, self.running is not None, self.last_used)
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """A request that has no slot yet."""
-
-    serial: int
-    request: GenerateRequest
-    arrived_s: float
+    def free(self, *, keep: bool) -> None:
+        """End the running request; with `keep` its tokens stay for others."""
+        if self.running is None:
+            return
+        self.running.sampler.close()
+        self.left = self.running.n_past if keep else 0
+        self.held = pack(self.running.tokens[: self.left])
+        self.running = None

@@ -31,6 +31,7 @@ PAGE = 4096
 _HEADER = struct.Struct("<8sQQ32s")
 _ENTRY = struct.Struct("<32s32s32sQ16s")
 _NO_KEY = bytes(32)
+_BINARY = getattr(os, "O_BINARY", 0)
 DIGEST_BYTES = 32
 MAX_ARENAS = 8
 """Nodes on one machine that may serve the same model from one data directory, each with an arena of its own."""
@@ -135,7 +136,7 @@ class Arena:
             lock.close()
             return None
         arena = cls(path, geometry, identity, lock)
-        arena._fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
+        arena._fd = os.open(path, os.O_RDWR | os.O_CREAT | _BINARY, 0o600)
         if not known or existing is None or existing[0] != geometry:
             if path.stat().st_size:
                 logger.warning("%s is of another model, version or size: starting it empty", path)
@@ -162,22 +163,23 @@ class Arena:
 
     # -- blocks --------------------------------------------------------------------------------------------------
 
-    def write(self, block: StoredBlock, payload: bytes | memoryview) -> None:
-        """Store a block in its slot, over whatever was there. Raises OSError (a full disk); the slot is then empty."""
+    def write(self, slot: int, payload: bytes | memoryview) -> None:
+        """Put a payload into a slot whose entry was erased. Raises OSError (a full disk, say)."""
+        write_at(self._fd, payload, self.geometry.offset(slot))
+
+    def enter(self, block: StoredBlock) -> None:
+        """Enter a block whose payload is in its slot. Raises OSError; the slot is then as good as empty."""
+        check = _check(block.slot, block.key, block.parent, block.digest)
+        entry = _ENTRY.pack(block.key, block.parent, block.digest, block.tick, check)
         with self._lock:
-            entry_at = PAGE + block.slot * _ENTRY.size
-            write_at(self._fd, bytes(_ENTRY.size), entry_at)
-            write_at(self._fd, payload, self.geometry.offset(block.slot))
-            check = _check(block.slot, block.key, block.parent, block.digest)
-            entry = _ENTRY.pack(block.key, block.parent, block.digest, block.tick, check)
-            write_at(self._fd, entry, entry_at)
+            write_at(self._fd, entry, PAGE + block.slot * _ENTRY.size)
 
     def read(self, slot: int) -> bytes:
         """A payload as it is in the file; shorter than a block when the file was cut."""
         return read_at(self._fd, self.geometry.block_bytes, self.geometry.offset(slot))
 
     def erase(self, slot: int) -> None:
-        """Forget a block; its bytes stay until they are overwritten."""
+        """Forget a block, as must be done before its slot is written again; its bytes stay until then."""
         with self._lock, suppress(OSError):
             write_at(self._fd, bytes(_ENTRY.size), PAGE + slot * _ENTRY.size)
 
@@ -195,19 +197,31 @@ class Arena:
             self._lock_file.close()
 
 
-class ArenaReader:
-    """An engine's read-only view of its node's arena."""
+class ArenaFile:
+    """An engine's view of its node's arena: payloads only. Satisfies `core.BlockFile`."""
 
     def __init__(self, path: Path, geometry: ArenaGeometry) -> None:
+        """Raises OSError when the file cannot be opened."""
         self._geometry = geometry
-        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._fd = os.open(path, os.O_RDWR | _BINARY)
 
     def read_into(self, slot: int, target: memoryview) -> bool:
-        """Fill `target` (one block) from a slot; False when the file is too short."""
+        """See `core.BlockFile`."""
         try:
             return read_into(self._fd, target, self._geometry.offset(slot)) == len(target)
         except (OSError, IndexError):
             return False
+
+    def write(self, slot: int, payload: memoryview) -> bool:
+        """See `core.BlockFile`."""
+        if len(payload) != self._geometry.block_bytes:
+            return False
+        try:
+            write_at(self._fd, payload, self._geometry.offset(slot))
+        except (OSError, IndexError) as error:
+            logger.warning("cannot write a block: %s", error)
+            return False
+        return True
 
     def close(self) -> None:
         """Release the file."""

@@ -1,24 +1,32 @@
-"""The real `core.Backend`: a llama.cpp model, its context and its samplers behind slots."""
+"""The real `core.Backend`: a llama.cpp model, its context, its samplers and its KV behind slots."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from blake3 import blake3
 
-from swarmcpp.core import GenerateRequest, Rows, SamplerLike
-from swarmcpp.errors import SwarmError
+from swarmcpp._native import all_finite_f16
+from swarmcpp.core import BlockFile, BlockRef, GenerateRequest, KvLayout, Rows, SamplerLike
+from swarmcpp.errors import SnapshotError, SwarmError
 from swarmcpp.llama.context import N_UBATCH, Context, Model
 from swarmcpp.llama.sampler import Sampler
+from swarmcpp.llama.snapshot import block_part, compose, learn_layout, parse, snapshot_part
+
+GGML_TYPE_F16 = 1
 
 
 class LlamaBackend:
-    """Joins a model and a context; closes neither."""
+    """Joins a model and a context; closes neither. `block_tokens` 0 leaves its KV where it is."""
 
-    def __init__(self, model: Model, context: Context) -> None:
+    def __init__(self, model: Model, context: Context, block_tokens: int = 0) -> None:
         self._model = model
         self._context = context
+        self._block_tokens = block_tokens
         self._output_rows: dict[int, int] = {}
+        self._layout: KvLayout | None = None
+        self._file: BlockFile | None = None
         self.n_slots = context.n_seqs
         self.n_ctx = context.n_ctx
         self.max_rows = N_UBATCH
@@ -56,3 +64,64 @@ class LlamaBackend:
     def length(self, slot: int) -> int:
         """See `core.Backend`."""
         return self._context.length(slot)
+
+    # -- KV ------------------------------------------------------------------------------------------------------
+
+    def learn(self) -> KvLayout:
+        """The layout of this context's KV, from a state of one token; slot 0 must be empty and is so afterwards.
+
+        Raises SnapshotError when the KV cannot be cut into blocks.
+        """
+        self.decode([Rows(0, 0, [0], output=False)])
+        try:
+            layout = learn_layout(self._context.export(0))
+        finally:
+            self.truncate(0, 0)
+        if (layout.k_type, layout.v_type) != (GGML_TYPE_F16, GGML_TYPE_F16):
+            raise SnapshotError(f"KV of ggml types {layout.k_type} and {layout.v_type}, not F16")
+        self._layout = layout
+        return layout
+
+    def use_file(self, file: BlockFile) -> None:
+        """Blocks are in `file` from now on."""
+        self._file = file
+
+    def _known_layout(self) -> KvLayout:
+        return self._layout or self.learn()
+
+    def copy_prefix(self, source: int, target: int, n_tokens: int) -> None:
+        """See `core.Backend`."""
+        layout = self._known_layout()
+        snapshot = parse(self._context.export(source), layout)
+        self._context.restore(target, compose(layout, target, [snapshot_part(snapshot, n_tokens)]))
+
+    def load_blocks(self, slot: int, blocks: Sequence[BlockRef]) -> int:
+        """See `core.Backend`."""
+        layout = self._known_layout()
+        payloads = np.empty((len(blocks), layout.token_bytes * self._block_tokens), np.uint8)
+        sound = 0
+        for block, payload in zip(blocks, payloads, strict=True):
+            view = payload.data
+            if self._file is None or not self._file.read_into(block.slot, view):
+                break
+            if block.digest and (blake3(view).digest() != block.digest or not all_finite_f16(payload)):
+                break
+            sound += 1
+        if not sound:
+            self.truncate(slot, 0)
+            return 0
+        part = block_part(layout, payloads[:sound], self._block_tokens)
+        self._context.restore(slot, compose(layout, slot, [part]))
+        return sound
+
+    def store_blocks(self, slot: int, grants: Sequence[tuple[int, int]]) -> list[tuple[int, bytes]]:
+        """See `core.Backend`."""
+        if self._file is None or not grants:
+            return []
+        snapshot = parse(self._context.export(slot), self._known_layout())
+        written: list[tuple[int, bytes]] = []
+        for number, arena_slot in grants:
+            payload = snapshot.blocks(number, 1, self._block_tokens)[0]
+            if all_finite_f16(payload) and self._file.write(arena_slot, payload.data):
+                written.append((arena_slot, blake3(payload).digest()))
+        return written

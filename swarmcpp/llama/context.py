@@ -13,6 +13,7 @@ import numpy as np
 
 from swarmcpp.errors import DecodeAborted, DecodeFailed, NotEnoughMemory
 from swarmcpp.llama import lib
+from swarmcpp.llama.snapshot import Bytes
 from swarmcpp.llama.vocab import Vocab
 
 N_UBATCH = 512
@@ -63,6 +64,8 @@ class Context:
         params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.offload_kqv = False
         params.op_offload = False
+        # A window that forgets cannot be rolled back or continued from an earlier token.
+        params.swa_full = True
         params.no_perf = True
         if options.abort_callback:
             params.abort_callback = c.ggml_abort_callback(options.abort_callback)
@@ -96,6 +99,20 @@ class Context:
         pointer = c.llama_get_logits_ith(self.pointer, row)
         return np.ctypeslib.as_array(pointer, shape=(self._n_vocab,)).copy()
 
+    def export(self, seq: int) -> Bytes:
+        """llama.cpp's state of a sequence (see llama/snapshot.py), a copy. Raises DecodeFailed."""
+        blob = np.empty(c.llama_state_seq_get_size(self.pointer, seq), np.uint8)
+        if c.llama_state_seq_get_data(self.pointer, _address(blob), len(blob), seq) != len(blob):
+            raise DecodeFailed(f"llama.cpp cannot export sequence {seq}: {lib.recent_errors() or 'no reason given'}")
+        return blob
+
+    def restore(self, seq: int, blob: Bytes) -> None:
+        """Replace a sequence by a state that snapshot.compose made for this context. Raises DecodeFailed."""
+        if c.llama_state_seq_set_data(self.pointer, _address(blob), len(blob), seq) != len(blob):
+            raise DecodeFailed(
+                f"llama.cpp refuses a state for sequence {seq}: {lib.recent_errors() or 'no reason given'}"
+            )
+
     def truncate(self, seq: int, n_past: int) -> None:
         """Forget positions from `n_past` of a sequence; 0 empties it."""
         if not c.llama_memory_seq_rm(self._memory, seq, n_past, -1):
@@ -111,6 +128,10 @@ class Context:
         if self.pointer:
             c.llama_free(self.pointer)
             self.pointer = None
+
+
+def _address(blob: Bytes) -> Any:
+    return blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 class Batch:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 
 import aiohttp
 import pytest
-from serve_client import Heard, ask, complete, completion, listen
+from serve_client import Body, Heard, ask, complete, completion, listen, until
 from serve_process import ServeProcess
 
 pytestmark = pytest.mark.e2e
@@ -36,51 +37,56 @@ async def test_the_reference_text(stories_server: ServeProcess, http: aiohttp.Cl
     assert (streamed.text, streamed.finish, streamed.done) == (GOLDEN, "length", True)
 
 
-def random_prompts() -> list[list[int]]:
-    """Token ids, from a handful to several chunks of prefill."""
+def random_prompts(lengths: Sequence[int]) -> list[list[int]]:
+    """Token ids."""
     draw = random.Random(6)
-    return [[draw.randrange(256) for _ in range(length)] for length in (3, 40, 70, 129, 150, 200, 257, 390)]
+    return [[draw.randrange(256) for _ in range(length)] for length in lengths]
 
 
 def story_prompts() -> list[str]:
-    return [" ".join(WORDS[(index + word) % len(WORDS)] for word in range(1 + 4 * index)) for index in range(8)]
+    """Beginnings of 5 to 130 tokens."""
+    return [" ".join(WORDS[(index + word) % len(WORDS)] for word in range(1 + 3 * index)) for index in range(8)]
 
 
-async def together(http: aiohttp.ClientSession, url: str, bodies: list[dict[str, object]]) -> list[str]:
-    """Texts of streams of which each begins when the one before it has brought a little, so that prompts are
-    computed beside running answers."""
+async def staggered(http: aiohttp.ClientSession, url: str, bodies: Sequence[Body]) -> list[str]:
+    """Texts of streams that begin in pairs, each pair while the ones before it run: prompts are then computed beside
+    running answers, and beside one another."""
     heards = [Heard() for _ in bodies]
     tasks: list[asyncio.Task[Heard]] = []
     for index, body in enumerate(bodies):
         tasks.append(asyncio.create_task(listen(http, url, body, heards[index])))
-        # Every other one starts at once: several prompts then share a step.
-        while index % 2 and len(heards[index].pieces) < 3 and not tasks[index].done():
-            await asyncio.sleep(0.001)
+        await until(lambda at=index: at % 2 == 0 or len(heards[at].pieces) > 2, "an answer begins")  # type: ignore[misc]
     return [heard.text for heard in await asyncio.gather(*tasks)]
 
 
-@pytest.mark.parametrize("order", [1, -1])
+async def assert_same_in_company(http: aiohttp.ClientSession, url: str, bodies: Sequence[Body]) -> None:
+    alone = [await complete(http, url, body) for body in bodies]
+    assert len(set(alone)) > 4, "too many equal texts to tell anything"
+    for order in (bodies, bodies[::-1]):
+        expected = alone if order is bodies else alone[::-1]
+        for _ in range(3):
+            assert await staggered(http, url, order) == expected
+            assert await asyncio.gather(*(complete(http, url, body) for body in order)) == expected
+
+
 async def test_random_weights_say_the_same_beside_seven_others(
-    tiny_server: ServeProcess, http: aiohttp.ClientSession, order: int
+    tiny_server: ServeProcess, http: aiohttp.ClientSession
 ) -> None:
-    url = tiny_server.url
-    bodies = [completion(prompt, 100, logit_bias=ONLY_ASCII) for prompt in random_prompts()[::order]]
-    alone = [await complete(http, url, body) for body in bodies]
-    assert [len(text) for text in alone] == [100] * 8
-    assert len(set(alone)) > 4
-    for _ in range(3):
-        assert await together(http, url, bodies) == alone
-        assert await asyncio.gather(*(complete(http, url, body) for body in bodies)) == alone
+    prompts = random_prompts((3, 63, 5, 40, 17, 33, 60, 48))
+    bodies = [completion(prompt, 190, logit_bias=ONLY_ASCII) for prompt in prompts]
+    await assert_same_in_company(http, tiny_server.url, bodies)
 
 
-@pytest.mark.parametrize("order", [1, -1])
+async def test_long_prompts_of_random_weights_say_the_same_beside_seven_others(
+    tiny_server: ServeProcess, http: aiohttp.ClientSession
+) -> None:
+    prompts = random_prompts((3, 40, 70, 129, 150, 200, 257, 390))
+    bodies = [completion(prompt, 100, logit_bias=ONLY_ASCII) for prompt in prompts]
+    await assert_same_in_company(http, tiny_server.url, bodies)
+
+
 async def test_a_trained_model_says_the_same_beside_seven_others(
-    stories_server: ServeProcess, http: aiohttp.ClientSession, order: int
+    stories_server: ServeProcess, http: aiohttp.ClientSession
 ) -> None:
-    url = stories_server.url
-    bodies = [completion(prompt, 200) for prompt in story_prompts()[::order]]
-    alone = [await complete(http, url, body) for body in bodies]
-    assert len(set(alone)) > 4
-    for _ in range(3):
-        assert await together(http, url, bodies) == alone
-        assert await asyncio.gather(*(complete(http, url, body) for body in bodies)) == alone
+    bodies = [completion(prompt, 200) for prompt in story_prompts()]
+    await assert_same_in_company(http, stories_server.url, bodies)

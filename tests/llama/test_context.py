@@ -24,19 +24,22 @@ TOKENS = prompt_of(133, 5)
 
 
 def last_logits(backend: LlamaBackend, chunks: Sequence[int], neighbours: int = 0) -> np.ndarray:
-    """Logits after TOKENS, computed in `chunks` in slot 0 while other slots decode."""
+    """Logits after TOKENS, computed in `chunks` in slot 0 while other slots decode.
+
+    Rows of ascending slots: only those share a ubatch with streams.
+    """
     for slot in range(backend.n_slots):
         backend.truncate(slot, 0)
     at = 0
     for step, count in enumerate(chunks):
-        rows = [Rows(slot, step, [9 * slot], output=True) for slot in range(1, neighbours + 1)]
-        backend.decode([*rows, Rows(0, at, TOKENS[at : at + count], output=True)])
+        others = [Rows(slot, step, [9 * slot], output=True) for slot in range(1, neighbours + 1)]
+        backend.decode([Rows(0, at, TOKENS[at : at + count], output=True), *others])
         at += count
     assert at == len(TOKENS) == backend.length(0)
     return backend.logits(0)
 
 
-@pytest.mark.parametrize("chunks", [[133], [128, 5], [64, 64, 5], [32, 101], [1] * 133])
+@pytest.mark.parametrize("chunks", [[1] * 133, [16] * 8 + [5]])
 def test_a_sequence_is_the_same_alone_and_beside_others(
     tiny: Model, backend_on: BackendMaker, chunks: list[int]
 ) -> None:
@@ -44,6 +47,36 @@ def test_a_sequence_is_the_same_alone_and_beside_others(
     alone = last_logits(backend, chunks)
     for neighbours in (1, 3):
         np.testing.assert_array_equal(last_logits(backend, chunks, neighbours), alone)
+
+
+@pytest.mark.parametrize("held", [192, 640])
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_decode_rows_beside_others_at_any_length(tiny: Model, held: int, n_threads: int) -> None:
+    """Bit-identical but for one case: from 512 cells and with several threads, a lone row takes a kernel of its own.
+
+    ggml then splits the KV between the threads (`use_split_kv_path`), and sums in another order.
+    """
+    context = Context(tiny, ContextOptions(n_ctx=1024, n_seqs=3, n_threads=n_threads))
+    backend = LlamaBackend(tiny, context)
+    prompt = prompt_of(held, 3, 500)
+
+    def logits_beside(neighbours: Sequence[int]) -> np.ndarray:
+        for slot in range(3):
+            backend.truncate(slot, 0)
+        for start in range(0, held, 64):
+            backend.decode([Rows(0, start, prompt[start : start + 64], output=False)])
+        for step in range(4):
+            others = [Rows(slot, step, [slot + step], output=True) for slot in neighbours]
+            backend.decode([Rows(0, held + step, [5 * step], output=True), *others])
+        return backend.logits(0)
+
+    alone, pair, trio = logits_beside([]), logits_beside([1]), logits_beside([1, 2])
+    context.close()
+    np.testing.assert_array_equal(pair, trio)
+    if n_threads == 1 or held < 512:
+        np.testing.assert_array_equal(alone, pair)
+    else:
+        assert np.abs(alone - pair).max() < 0.1 * np.ptp(pair)
 
 
 def test_whole_tiles_of_64_are_the_same_in_any_chunks(tiny: Model, backend_on: BackendMaker) -> None:
