@@ -31,7 +31,7 @@ def _flag(key: str) -> Any:
     """The option or argument of a setting, with its help. Its text is parsed and checked by `load_config` alone."""
     found = next(described for described in describe(Config) if described.key == key)
     text = f"{found.help[0].upper()}{found.help[1:]}"
-    if found.limit and found.kind in ("whole number", "number"):
+    if found.form or (found.limit and found.kind in ("whole number", "number")):
         text += f" ({found.limit})"
     metavar = {"whole number": "N", "number": "X", "path": "DIR"}.get(found.kind, "TEXT")
     if not found.flag.startswith("--"):
@@ -180,12 +180,13 @@ def show_config(
     ctx_size: CtxSize = None,
     slots: Slots = None,
     data_dir: DataDir = None,
+    cache_size: CacheSize = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Show each setting and where it came from."""
     flags = {"model": model, "host": host, "port": port, "api_key": api_key, "data_dir": data_dir}
-    loaded = _load(config, 0, **flags, threads=threads, ctx_size=ctx_size, slots=slots)
+    loaded = _load(config, 0, **flags, threads=threads, ctx_size=ctx_size, slots=slots, cache_size=cache_size)
     from swarmcpp.commands import show_config as command
 
     command.run(loaded, as_json=as_json)

@@ -74,16 +74,14 @@ class InferenceConfig:
     )
 
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGT]?)(?:i?B)?"
 
 
 def parse_size(text: str) -> int | None:
-    """Bytes of "0", "500M", "2G" or "1.5 GiB" (powers of 1024); None for "auto". Raises BadConfig on anything else."""
-    if text.strip().lower() == "auto":
-        return None
-    found = _SIZE.fullmatch(text.strip())
+    """Bytes of "0", "500M", "2G" or "1.5 GiB" (powers of 1024); None for "auto", and for what is no size."""
+    found = re.fullmatch(_SIZE, text, re.IGNORECASE)
     if not found:
-        raise BadConfig(f"storage.cache_size = {text!r}: expected auto, 0, or a size such as 500M or 2G")
+        return None
     return int(float(found[1]) * 1024 ** ("KMGT".index(found[2].upper()) + 1 if found[2] else 0))
 
 
@@ -99,12 +97,16 @@ class StorageConfig:
     )
 
     cache_size: str = setting(
-        "auto", help="bytes of cached blocks on disk, such as 2G; 0: none", low=1, flag="--cache-size"
+        "auto",
+        help="disk for cached blocks; 0: none",
+        flag="--cache-size",
+        pattern=f"auto|{_SIZE}",
+        form="auto, 0, or a size such as 500M or 2G",
     )
 
     @property
     def cache_bytes(self) -> int | None:
-        """`cache_size` in bytes; None for "auto". Raises BadConfig."""
+        """`cache_size` in bytes; None for "auto"."""
         return parse_size(self.cache_size)
 
     @property
@@ -257,10 +259,6 @@ def is_loopback(host: str) -> bool:
 
 def _check_together(config: Config, sources: Mapping[str, str]) -> None:
     server = config.server
-    try:
-        parse_size(config.storage.cache_size)
-    except BadConfig as error:
-        raise BadConfig(f"{error} (from {sources['storage.cache_size']})") from None
     if not is_loopback(server.host) and server.api_key is None:
         raise BadConfig(
             f"server.host = {server.host!r} ({sources['server.host']}) lets other machines in, so an API key is"

@@ -5,6 +5,7 @@ turns it into keys, variables and validation.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
@@ -26,14 +27,18 @@ def setting(
     zero: str = "",
     flag: str = "",
     secret: bool = False,
+    pattern: str = "",
+    form: str = "",
 ) -> Any:
     """A dataclass field that is a setting.
 
     `low` and `high` are inclusive; for text they bound the number of characters. `zero` says what 0 means
     where 0 is allowed beside the range. `flag` is the command line's name for it, which also gives it the short
-    variable (`--ctx-size`: SWARMCPP_CTX_SIZE). A `secret` is masked wherever it is shown.
+    variable (`--ctx-size`: SWARMCPP_CTX_SIZE). A `secret` is masked wherever it is shown. Text must match the regular
+    expression `pattern` as a whole, which `form` puts in words.
     """
     metadata = {"help": help, "low": low, "high": high, "zero": zero, "flag": flag, "secret": secret}
+    metadata |= {"pattern": pattern, "form": form}
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -53,6 +58,8 @@ class Setting:
     zero: str
     flag: str
     secret: bool
+    pattern: str
+    form: str
 
     @property
     def env_names(self) -> tuple[str, ...]:
@@ -70,6 +77,8 @@ class Setting:
     @property
     def limit(self) -> str:
         """The range in words; empty when every value of the kind will do."""
+        if self.form:
+            return self.form
         unit = " characters" if self.kind in ("text", "path") else ""
         low, high = (f"{bound:.10g}" if bound is not None else "" for bound in (self.low, self.high))
         if low and high:
@@ -185,6 +194,8 @@ def _from_text(described: Setting, text: str) -> object:
 
 def _in_range(described: Setting, value: Any) -> bool:
     size = len(str(value)) if described.kind in ("text", "path") else value
+    if described.pattern:
+        return re.fullmatch(described.pattern, str(value), re.IGNORECASE) is not None
     if described.kind in ("boolean", "list of text") or (described.zero and size == 0):
         return True
     return (described.low is None or size >= described.low) and (described.high is None or size <= described.high)

@@ -63,6 +63,8 @@ def valid(described: Setting) -> st.SearchStrategy[object]:
             return st.one_of(st.integers(math.ceil(low or 0), int(high or 0)), *zero)
         case "number":
             return st.one_of(st.floats(low, high), *zero)
+        case "text" if described.pattern:
+            return st.from_regex(described.pattern, fullmatch=True, alphabet="0123456789.aGiBkMot ")
         case "list of text":
             return st.lists(word, max_size=3)
         case _:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcpp import wire
-from swarmcpp.core import EngineStats, GenerateRequest, SamplingParams
+from swarmcpp.core import BlockRef, EngineStats, GenerateRequest, KvLayout, SamplingParams
 from swarmcpp.errors import WireError
 from swarmcpp.wire import MAX_FRAME, VERSION, Cancel, Fault, Message, Refused, Stop, Submit, TokenOut, decode, encode
 
@@ -46,8 +46,17 @@ requests = st.builds(
     deadline_s=st.none() | numbers,
 )
 token_outs = st.builds(
-    TokenOut, ids, tokens, st.sampled_from([None, "stop", "length"]), st.integers(0, 2**31), numbers, numbers
+    TokenOut,
+    serial=ids,
+    token=tokens,
+    finish=st.sampled_from([None, "stop", "length"]),
+    cached_tokens=st.integers(0, 2**31),
+    tier=text,
+    bad_blocks=st.booleans(),
+    queue_s=numbers,
+    prefill_s=numbers,
 )
+blocks = st.builds(BlockRef, slot=ids, digest=st.binary(max_size=32))
 stats = st.builds(
     EngineStats,
     slots=ids,
@@ -69,13 +78,21 @@ options = st.builds(
     continuous_batching=st.booleans(),
     batched_prefill_forward=st.booleans(),
 )
+rows = st.lists(ids, max_size=3).map(tuple)
+layouts = st.builds(KvLayout, magic=ids, n_stream=ids, k_type=ids, v_type=ids, k_rows=rows, v_rows=rows)
 by_class: dict[type, st.SearchStrategy[Any]] = {
     wire.Load: st.builds(wire.Load, options),
-    Submit: st.builds(Submit, ids, requests),
+    Submit: st.builds(Submit, ids, requests, st.lists(blocks, max_size=3).map(tuple)),
+    wire.UseArena: st.builds(wire.UseArena, text, ids, ids),
+    wire.StoreBlocks: st.builds(wire.StoreBlocks, ids, st.lists(st.tuples(ids, ids), max_size=3).map(tuple)),
     Cancel: st.builds(Cancel, ids),
     Stop: st.builds(Stop),
     wire.LoadProgress: st.builds(wire.LoadProgress, numbers),
-    wire.Ready: st.builds(wire.Ready, ids, ids, ids, ids),
+    wire.Ready: st.builds(wire.Ready, ids, ids, ids, ids, st.none() | layouts, text),
+    wire.BlocksFull: st.builds(wire.BlocksFull, ids, text, st.lists(tokens, max_size=9).map(tuple), ids),
+    wire.BlocksStored: st.builds(
+        wire.BlocksStored, ids, st.lists(st.tuples(ids, st.binary(max_size=32)), max_size=3).map(tuple)
+    ),
     Fault: st.builds(Fault, text, text),
     wire.StepOut: st.builds(
         wire.StepOut,

@@ -93,9 +93,8 @@ def test_rounding_is_no_disagreement(run: Callable[[str], ProbeReport]) -> None:
 
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_nan_is_a_disagreement_wherever_it_is(run: Callable[[str], ProbeReport], index: int) -> None:
-    report = run(
-        f"wrong = list(GOOD['Q8_0']); wrong[{index}] = float('nan')\nanswer({{**GOOD, 'Q8_0': wrong}} if extra else GOOD)"
-    )
+    wrong = f"logits = list(GOOD['Q8_0'])\nlogits[{index}] = float('nan')\n"
+    report = run(wrong + "answer(GOOD | {'Q8_0': logits} if extra else GOOD)")
     assert report.chosen == PLAIN
     assert report.results[0].detail == "Q8_0: logits are not numbers"
 
