@@ -20,6 +20,16 @@ class BadReply(RuntimeError):
     """The server answered with an error, or with something that is no completion stream."""
 
 
+class CachedPrompt(BadReply):
+    """The server took part of a prompt from a cache, so its times are not those of computing it."""
+
+
+def cached_tokens(usage: Mapping[str, Any]) -> int:
+    """Prompt tokens that `usage` says were not computed; 0 when the server does not tell."""
+    details = usage.get("prompt_tokens_details") or {}
+    return int(details.get("cached_tokens") or 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Moment:
     """One event that carried text: `at` in seconds of time.perf_counter."""
@@ -122,7 +132,7 @@ class _Collector:
         self.started = started
         self.moments: list[Moment] = []
         self.first: float | None = None
-        self.usage: dict[str, int] = {}
+        self.usage: dict[str, Any] = {}
         self.finish_reason: str | None = None
         self.ended = False
         self._on_text = on_text
@@ -169,7 +179,8 @@ class Client:
     async def complete(self, prompt: Prompt, max_tokens: int, on_text: Callable[[], None] | None = None) -> Reply:
         """Stream one greedy answer to its end; `on_text` is called after every event that carries text.
 
-        Cancelling the task closes the connection, which is how a client leaves. Raises BadReply.
+        Cancelling the task closes the connection, which is how a client leaves. Raises BadReply, and its
+        CachedPrompt when any of the prompt was not computed: no scenario measures a cache.
         """
         body = request_body(prompt, max_tokens, self.model, self.extra or {})
         collector = _Collector(time.perf_counter(), on_text)
@@ -183,6 +194,11 @@ class Client:
                     collector.take(payload, now)
         if not collector.ended:
             raise BadReply(f"{self.base_url} closed the stream without [DONE]")
+        if cached := cached_tokens(collector.usage):
+            raise CachedPrompt(
+                f"{self.base_url} took {cached} of {collector.usage.get('prompt_tokens')} prompt tokens from a cache; "
+                "measure with prompts and a data directory that are new to it"
+            )
         return collector.reply(time.perf_counter())
 
     async def together(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Reply]:

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -33,7 +34,8 @@ class ServerDied(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How to start one server. `{port}` in `argv` becomes a free port; `env` is added to the caller's."""
+    """How to start one server. In `argv`, `{port}` becomes a free port and `{data}` an empty directory that is removed
+    at the end, so that nothing an earlier server kept on disk can answer; `env` is added to the caller's."""
 
     name: str
     argv: tuple[str, ...]
@@ -82,14 +84,13 @@ def swarmcpp_server(
     slots: int,
     ctx_size: int,
     threads: int,
-    data_dir: Path,
     prefill_budget_ms: int | None = None,
     cpus: tuple[int, ...] = (),
 ) -> Launch:
     """`swarmcpp serve` of this checkout; `prefill_budget_ms` None leaves the default."""
     argv = (
         *(sys.executable, "-m", "swarmcpp", "serve", str(model), "--host", "127.0.0.1", "--port", "{port}"),
-        *("--slots", str(slots), "--ctx-size", str(ctx_size), "--threads", str(threads), "--data-dir", str(data_dir)),
+        *("--slots", str(slots), "--ctx-size", str(ctx_size), "--threads", str(threads), "--data-dir", "{data}"),
     )
     env = {} if prefill_budget_ms is None else {"SWARMCPP_INFERENCE_PREFILL_BUDGET_MS": str(prefill_budget_ms)}
     name = "swarmcpp" + ("" if prefill_budget_ms is None else f" budget {prefill_budget_ms} ms")
@@ -195,7 +196,8 @@ def running(launch: Launch, log_dir: Path) -> Iterator[Running]:
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     port = _free_port()
-    argv = [part.replace("{port}", str(port)) for part in launch.argv]
+    data = Path(tempfile.mkdtemp(prefix="data-", dir=log_dir))
+    argv = [part.replace("{port}", str(port)).replace("{data}", str(data)) for part in launch.argv]
     if launch.cpus and shutil.which("taskset"):
         argv = ["taskset", "-c", ",".join(map(str, launch.cpus)), *argv]
     log = log_dir / f"{launch.name.replace(' ', '_')}-{port}.log"
@@ -210,6 +212,7 @@ def running(launch: Launch, log_dir: Path) -> Iterator[Running]:
         server.sample_rss()
     finally:
         _stop(process)
+        shutil.rmtree(data, ignore_errors=True)
 
 
 def needs_no_repack(reference: Reference, model: Path, threads: int, log_dir: Path) -> bool:

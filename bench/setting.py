@@ -62,7 +62,6 @@ class Setup:
             slots=slots,
             ctx_size=ctx_size,
             threads=self.threads,
-            data_dir=self.out / "data",
             prefill_budget_ms=budget_ms,
         )
 

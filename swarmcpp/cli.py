@@ -192,6 +192,37 @@ def show_config(
     command.run(loaded, as_json=as_json)
 
 
+cache_app = typer.Typer(help="Look after the prefixes that are cached on disk.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.command("ls")
+def cache_ls(data_dir: DataDir = None, config: ConfigFile = None, as_json: AsJson = False) -> None:
+    """List what is cached, by model."""
+    loaded = _load(config, data_dir=data_dir)
+    from swarmcpp.commands import cache as command
+
+    command.ls(loaded, as_json=as_json)
+
+
+@cache_app.command("clear")
+def cache_clear(data_dir: DataDir = None, config: ConfigFile = None) -> None:
+    """Remove everything that no running node uses."""
+    loaded = _load(config, data_dir=data_dir)
+    from swarmcpp.commands import cache as command
+
+    command.clear(loaded)
+
+
+@cache_app.command("verify")
+def cache_verify(data_dir: DataDir = None, config: ConfigFile = None) -> None:
+    """Read every block and drop what is damaged."""
+    loaded = _load(config, data_dir=data_dir)
+    from swarmcpp.commands import cache as command
+
+    command.check(loaded)
+
+
 @app.command()
 def bench(
     model: ModelArgument = None,

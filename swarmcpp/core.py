@@ -63,6 +63,8 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    cached_tier: str = ""
+    """Where they came from: "slot" (still in the engine's memory) or "arena" (blocks on disk)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,7 +233,7 @@ async def _events(stream: EngineStream, text: TextStream, clock: Callable[[], fl
         yield TextEvent(piece, (out.token,))
         if reason:
             timings = Timings(queue_s=first.queue_s, prefill_s=first.prefill_s, decode_s=clock() - first_s)
-            yield Done(reason, Usage(len(stream.request.prompt), count, first.cached_tokens), timings)
+            yield Done(reason, Usage(len(stream.request.prompt), count, first.cached_tokens, first.tier), timings)
             return
 
 
@@ -250,7 +250,9 @@ def open_cache(config: Config, prepared: Prepared, layout: KvLayout) -> PrefixCa
         directory.mkdir(parents=True, exist_ok=True)
         default = min(disk_free(directory) // DISK_SHARE, prepared.hardware.memory_total // MEMORY_SHARE)
         size = config.storage.cache_bytes
-        arena = Arena.open(directory, identity.root(), layout.token_bytes * block_tokens, size, default)
+        arena = Arena.open(
+            directory, identity.root(), layout.token_bytes * block_tokens, size, default, prepared.info.path
+        )
     except OSError as error:
         logger.warning("no cache on disk: %s", error)
         return None

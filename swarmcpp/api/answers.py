@@ -57,6 +57,7 @@ async def plan(service: Service, query: Query, head: Head) -> tuple[GenerateRequ
                     max_tokens=room if query.max_tokens is None else min(query.max_tokens, room),
                     sampling=query.sampling_of(choice),
                     stop=query.stop,
+                    cache_salt=query.cache_salt,
                 )
             )
     return tuple(requests)

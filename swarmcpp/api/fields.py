@@ -46,6 +46,7 @@ COMMON_FIELDS = SAMPLING_FIELDS | {
     "stream",
     "stream_options",
     "echo",
+    "cache_salt",
 }
 CHAT_FIELDS = COMMON_FIELDS | {"messages"}
 TEXT_FIELDS = COMMON_FIELDS | {"prompt"}

@@ -43,7 +43,16 @@ class Metrics:
         )
         self._prompt = Counter("swarmcpp_prompt_tokens", "Prompt tokens of finished choices.", registry=self.registry)
         self._cached = Counter(
-            "swarmcpp_prompt_tokens_cached", "Prompt tokens that were not computed again.", registry=self.registry
+            "swarmcpp_prompt_tokens_cached",
+            "Prompt tokens that were not computed again, by where they came from.",
+            ["tier"],
+            registry=self.registry,
+        )
+        self._lookups = Counter(
+            "swarmcpp_prefix_lookups",
+            "Finished choices by where the beginning of their prompt came from; miss: nowhere.",
+            ["tier"],
+            registry=self.registry,
         )
         self._completion = Counter(
             "swarmcpp_completion_tokens", "Tokens generated, also of choices that were cut off.", registry=self.registry
@@ -65,7 +74,9 @@ class Metrics:
         self._completion.inc(usage.completion_tokens if usage else tokens)
         if usage:
             self._prompt.inc(usage.prompt_tokens)
-            self._cached.inc(usage.cached_tokens)
+            if usage.cached_tokens:
+                self._cached.labels(usage.cached_tier).inc(usage.cached_tokens)
+            self._lookups.labels(usage.cached_tier or "miss").inc()
 
     def render(self) -> bytes:
         """The text of GET /metrics."""

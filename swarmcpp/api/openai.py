@@ -22,6 +22,9 @@ SEED_MODULUS = 2**32 - 1
 MAX_SEQUENCES = 256
 """Prompts times n of one body. Admission bounds what runs; this bounds what one body can ask for."""
 
+MAX_SALT = 256
+"""Characters. A salt is a name or a random string of a tenant, not a document."""
+
 MAX_TEMPERATURE = 100.0
 MAX_PENALTY = 100.0
 MAX_INT = 2**31 - 1
@@ -62,6 +65,8 @@ class Query:
     """None: the rest of the context."""
     stop: tuple[str, ...]
     sampling: SamplingParams
+    cache_salt: str = ""
+    """Requests share cached prefixes only with requests of the same salt."""
 
     @property
     def sequences(self) -> int:
@@ -137,10 +142,18 @@ def _query(
         max_tokens=_max_tokens(obj),
         stop=_stop(obj.get("stop"), limits),
         sampling=_sampling(obj, limits, draw_seed),
+        cache_salt=_cache_salt(obj),
     )
     if query.sequences > MAX_SEQUENCES:
         raise _too_many(f"{len(prompts)} prompts times n = {query.n}")
     return query
+
+
+def _cache_salt(obj: JsonObject) -> str:
+    salt = fields.typed(obj, "cache_salt", str) or ""
+    if len(salt) > MAX_SALT:
+        raise BadRequest(f"cache_salt has {len(salt)} characters; at most {MAX_SALT} are taken", param="cache_salt")
+    return salt
 
 
 def _too_many(what: str) -> BadRequest:

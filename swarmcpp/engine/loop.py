@@ -62,6 +62,7 @@ class Engine:
         self._slots = [Slot(index) for index in range(backend.n_slots)]
         self._waiting: deque[Waiting] = deque()
         self._refused: list[Refused] = []
+        self._reported: tuple[int, int] = (0, 0)
         self._full: list[BlocksFull] = []
         self._calls = 0
         self._uses = 0
@@ -85,6 +86,8 @@ class Engine:
     def step(self) -> None:
         """One step: plan, then run and commit each call."""
         self._admit()
+        # The first tokens of long prompts are a long time away.
+        self._report(())
         plan = self._scheduler.plan([view for slot in self._slots if (view := slot.view())])
         if plan.decode and self._run(plan.decode, decode=True):
             self._commit(plan.decode)
@@ -306,9 +309,13 @@ class Engine:
     # -- reports -------------------------------------------------------------------------------------------------
 
     def _report(self, tokens: Sequence[TokenOut]) -> None:
+        """Send what is new: tokens, refusals, how many slots are busy and how many requests wait."""
         refused, self._refused = tuple(self._refused), []
-        if tokens or refused:
-            self._link.send(StepOut(tokens=tuple(tokens), stats=self.stats(), refused=refused))
+        stats = self.stats()
+        load = (stats.slots_busy, stats.waiting)
+        if tokens or refused or load != self._reported:
+            self._reported = load
+            self._link.send(StepOut(tokens=tuple(tokens), stats=stats, refused=refused))
         # After the tokens: readers come first.
         full, self._full = self._full, []
         for message in full:

@@ -33,6 +33,10 @@ _ENTRY = struct.Struct("<32s32s32sQ16s")
 _NO_KEY = bytes(32)
 _BINARY = getattr(os, "O_BINARY", 0)
 DIGEST_BYTES = 32
+LABEL_AT = 1024
+"""Where in the header page the label is: two bytes of length, then UTF-8."""
+
+MAX_LABEL = 1024
 MAX_ARENAS = 8
 """Nodes on one machine that may serve the same model from one data directory, each with an arena of its own."""
 
@@ -102,12 +106,18 @@ class Arena:
 
     @classmethod
     def open(
-        cls, directory: Path, identity: bytes, block_bytes: int, max_bytes: int | None, default_bytes: int
+        cls,
+        directory: Path,
+        identity: bytes,
+        block_bytes: int,
+        max_bytes: int | None,
+        default_bytes: int,
+        label: str = "",
     ) -> Arena | None:
         """The first arena for `identity` (32 bytes) that no other node holds; created, or emptied, where needed.
 
         `max_bytes` None keeps the size of an existing arena and makes a new one of `default_bytes`. None when the size
-        allows no block. Raises OSError when the directory cannot be written.
+        allows no block. `label` tells people what it is of. Raises OSError when the directory cannot be written.
         """
         directory.mkdir(parents=True, exist_ok=True)
         for number in range(MAX_ARENAS):
@@ -116,11 +126,44 @@ class Arena:
             if lock is None:
                 continue
             try:
-                return cls._open(path, identity, block_bytes, max_bytes, default_bytes, lock)
+                arena = cls._open(path, identity, block_bytes, max_bytes, default_bytes, lock)
+                if arena:
+                    arena._write_label(label)
+                return arena
             except BaseException:
                 lock.close()
                 raise
         raise OSError(f"{directory}: {MAX_ARENAS} other nodes hold the arenas of this model; use another --data-dir")
+
+    @classmethod
+    def open_file(cls, path: Path) -> Arena | None:
+        """An existing arena as it is, for its care; None when a node holds it. Raises OSError when it is no arena."""
+        known = read_header(path)
+        if known is None:
+            raise OSError(f"{path} is no arena of this version of swarmcpp; `swarmcpp cache clear` removes it")
+        lock = _try_lock(path.with_suffix(".lock"))
+        return cls._open(path, known[1], known[0].block_bytes, None, 0, lock) if lock else None
+
+    @staticmethod
+    def count(path: Path, geometry: ArenaGeometry) -> int:
+        """Entries of an arena that another process may be using; 0 when it cannot be read."""
+        try:
+            with path.open("rb") as file:
+                table = read_at(file.fileno(), geometry.n_blocks * _ENTRY.size, PAGE)
+        except OSError:
+            return 0
+        return sum(1 for _ in _sound_entries(table))
+
+    @staticmethod
+    def remove(path: Path) -> bool:
+        """Delete an arena file; False when a node holds it."""
+        lock_path = path.with_suffix(".lock")
+        lock = _try_lock(lock_path)
+        if lock is None:
+            return False
+        with lock:
+            path.unlink(missing_ok=True)
+        return True
 
     @classmethod
     def _open(
@@ -153,13 +196,13 @@ class Arena:
         header = _HEADER.pack(MAGIC, self.geometry.block_bytes, self.geometry.n_blocks, self._identity)
         write_at(self._fd, header + blake3(header).digest(), 0)
 
+    def _write_label(self, label: str) -> None:
+        data = label.encode("utf-8", "replace")[:MAX_LABEL]
+        write_at(self._fd, len(data).to_bytes(2, "little") + data, LABEL_AT)
+
     def entries(self) -> Iterator[StoredBlock]:
         """Every sound entry of the table, in slot order. Payloads are not read."""
-        table = read_at(self._fd, self.geometry.n_blocks * _ENTRY.size, PAGE)
-        for slot in range(len(table) // _ENTRY.size):
-            key, parent, digest, tick, check = _ENTRY.unpack_from(table, slot * _ENTRY.size)
-            if key != _NO_KEY and check == _check(slot, key, parent, digest):
-                yield StoredBlock(slot, key, parent, digest, tick)
+        yield from _sound_entries(read_at(self._fd, self.geometry.n_blocks * _ENTRY.size, PAGE))
 
     # -- blocks --------------------------------------------------------------------------------------------------
 
@@ -239,6 +282,24 @@ def read_header(path: Path) -> tuple[ArenaGeometry, bytes] | None:
         return None
     magic, block_bytes, n_blocks, identity = _HEADER.unpack_from(raw)
     return (ArenaGeometry(block_bytes, n_blocks), identity) if magic == MAGIC else None
+
+
+def _sound_entries(table: bytes) -> Iterator[StoredBlock]:
+    for slot in range(len(table) // _ENTRY.size):
+        key, parent, digest, tick, check = _ENTRY.unpack_from(table, slot * _ENTRY.size)
+        if key != _NO_KEY and check == _check(slot, key, parent, digest):
+            yield StoredBlock(slot, key, parent, digest, tick)
+
+
+def read_label(path: Path) -> str:
+    """What an arena file says it is of; empty when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            page = file.read(PAGE)
+    except OSError:
+        return ""
+    length = int.from_bytes(page[LABEL_AT : LABEL_AT + 2], "little")
+    return page[LABEL_AT + 2 : LABEL_AT + 2 + min(length, MAX_LABEL)].decode("utf-8", "replace")
 
 
 def _check(slot: int, key: bytes, parent: bytes, digest: bytes) -> bytes:

@@ -65,11 +65,7 @@ class PrefixCache:
         self._index = BlockIndex(arena.geometry.n_blocks, max_entries)
         self._stored = 0
         self._bad = 0
-        for entry in arena.entries():
-            if self._index.load(entry.key, entry.parent, entry.slot, entry.digest, entry.tick) is None:
-                arena.erase(entry.slot)
-        for block in self._index.finish_loading():
-            arena.erase(block.slot)
+        load_index(arena, self._index)
 
     @property
     def path(self) -> Path:
@@ -192,23 +188,6 @@ class PrefixCache:
 
     # -- care ----------------------------------------------------------------------------------------------------
 
-    def verify(self) -> tuple[int, int]:
-        """Read every payload: (sound, dropped). Slow, for `swarmcpp cache verify`."""
-        sound = dropped = 0
-        with self._lock:
-            blocks = self._index.all_blocks()
-        for block in blocks:
-            if blake3(self._arena.read(block.slot)).digest() == block.digest:
-                sound += 1
-                continue
-            with self._lock:
-                if self._index.get(block.key) is block:
-                    gone = self._index.remove(block)
-                    dropped += len(gone)
-                    for each in gone:
-                        self._arena.erase(each.slot)
-        return sound, dropped
-
     def check_integrity(self) -> None:
         """Raise AssertionError when the index contradicts itself."""
         with self._lock:
@@ -217,3 +196,26 @@ class PrefixCache:
     def close(self) -> None:
         """Release the arena."""
         self._arena.close()
+
+
+def load_index(arena: Arena, index: BlockIndex) -> None:
+    """Enter what an arena holds into an empty index; what cannot be used is erased."""
+    for entry in arena.entries():
+        if index.load(entry.key, entry.parent, entry.slot, entry.digest, entry.tick) is None:
+            arena.erase(entry.slot)
+    for block in index.finish_loading():
+        arena.erase(block.slot)
+
+
+def verify(arena: Arena) -> tuple[int, int]:
+    """Read every payload of an arena and erase what is damaged, with its continuations: (sound, erased) blocks."""
+    index = BlockIndex(arena.geometry.n_blocks)
+    load_index(arena, index)
+    erased = 0
+    for block in index.all_blocks():
+        if index.get(block.key) is block and blake3(arena.read(block.slot)).digest() != block.digest:
+            gone = index.remove(block)
+            erased += len(gone)
+            for each in gone:
+                arena.erase(each.slot)
+    return len(index), erased

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from bench.load import (
     BadReply,
+    CachedPrompt,
     Client,
     EventParser,
     Moment,
@@ -30,7 +31,7 @@ from bench.load import (
 )
 
 payloads = st.lists(
-    st.text(st.characters(exclude_characters="\r\n")).filter(lambda t: not t.startswith(" ")), max_size=8
+    st.text(st.characters(codec="utf-8", exclude_characters="\r\n")).filter(lambda t: not t.startswith(" ")), max_size=8
 )
 
 
@@ -141,6 +142,19 @@ async def test_a_broken_answer_is_an_error_and_never_a_sample(body: bytes, statu
     async def use(client: Client) -> None:
         with pytest.raises(BadReply, match=message):
             await client.complete("hello", 4)
+
+    await with_client(handler, use)
+
+
+async def test_a_prompt_from_a_cache_is_never_a_sample() -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        usage = {"prompt_tokens": 4096, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 4032}}
+        body = event("a", "length") + b"data: " + json.dumps({"choices": [], "usage": usage}).encode()
+        return web.Response(body=body + b"\n\ndata: [DONE]\n\n")
+
+    async def use(client: Client) -> None:
+        with pytest.raises(CachedPrompt, match="4032 of 4096"):
+            await client.complete([1] * 4096, 1)
 
     await with_client(handler, use)
 

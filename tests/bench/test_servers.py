@@ -45,10 +45,10 @@ def test_defaults_of_llama_server_stay_its_own() -> None:
 
 
 def test_swarmcpp_budget_is_set_only_when_asked_for() -> None:
-    launch = swarmcpp_server(MODEL, slots=8, ctx_size=1024, threads=2, data_dir=Path("d"))
+    launch = swarmcpp_server(MODEL, slots=8, ctx_size=1024, threads=2)
     assert (option(launch.argv, "--slots"), option(launch.argv, "--ctx-size")) == ("8", "1024")
     assert launch.env == {}
-    tuned = swarmcpp_server(MODEL, slots=8, ctx_size=1024, threads=2, data_dir=Path("d"), prefill_budget_ms=100)
+    tuned = swarmcpp_server(MODEL, slots=8, ctx_size=1024, threads=2, prefill_budget_ms=100)
     assert tuned.env == {"SWARMCPP_INFERENCE_PREFILL_BUDGET_MS": "100"}
     assert tuned.name != launch.name
 
@@ -88,3 +88,19 @@ def test_a_server_that_dies_says_how_and_shows_its_last_words(tmp_path: Path, co
         pass
     assert caught.value.signal == signal
     assert ("no model" in str(caught.value)) == (signal is None)
+
+
+def test_swarmcpp_gets_a_data_directory_of_its_own() -> None:
+    argv = swarmcpp_server(MODEL, slots=1, ctx_size=512, threads=1).argv
+    assert option(argv, "--data-dir") == "{data}"
+
+
+@pytest.mark.e2e
+def test_no_server_sees_what_an_earlier_one_kept_on_disk(tmp_path: Path) -> None:
+    """A persistent prefix cache would let the second server answer from the first one's work."""
+    code = "import pathlib, sys; d = pathlib.Path(sys.argv[1]); print('FOUND', [*d.iterdir()]); (d / 'kept').touch()"
+    launch = Launch("keeper", (sys.executable, "-c", code, "{data}"), "/ready")
+    for _ in range(2):
+        with pytest.raises(ServerDied, match=r"FOUND \[\]"), running(launch, tmp_path):
+            pass
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]

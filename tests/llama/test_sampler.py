@@ -85,6 +85,14 @@ def test_penalties_look_at_prompt_and_answer(backend: LlamaBackend, params: Samp
     sampler.close()
 
 
+@pytest.mark.parametrize(("last_n", "seen"), [(20, True), (5, True), (4, False), (0, False)])
+def test_penalties_look_back_into_the_prompt(backend: LlamaBackend, last_n: int, seen: bool) -> None:
+    """The biased token is the fifth from the prompt's end; a penalty outweighs the bias where it looks that far."""
+    prompt = [*(token for token in PROMPT if token != 77), 77, 1, 2, 3, 4]
+    params = replace(GREEDY, logit_bias=((77, 50.0),), presence_penalty=100.0, repeat_last_n=last_n)
+    assert (generate(backend, prompt, 1, params) != [77]) == seen
+
+
 def test_a_repeat_penalty_breaks_a_loop(stories: Model, backend_on: BackendMaker) -> None:
     backend = backend_on(stories, n_seqs=1)
     prompt = stories.vocab.tokenize("the the the the the", add_special=True, parse_special=False)
