@@ -31,6 +31,8 @@ check: install
 
 bench: install
 	$(BIN)/python bench/serve.py
+	$(BIN)/python bench/prefix.py
+	$(BIN)/python bench/prefix.py --size 1.1b --scenario repeat
 
 clean:
 	rm -rf $(VENV) build

@@ -175,12 +175,14 @@ class Client:
     base_url: str
     model: str = "default"
     extra: Mapping[str, Any] | None = None
+    cached: bool = False
+    """Answers may come from a cache of prompts: that is what is measured."""
 
     async def complete(self, prompt: Prompt, max_tokens: int, on_text: Callable[[], None] | None = None) -> Reply:
         """Stream one greedy answer to its end; `on_text` is called after every event that carries text.
 
         Cancelling the task closes the connection, which is how a client leaves. Raises BadReply, and its
-        CachedPrompt when any of the prompt was not computed: no scenario measures a cache.
+        CachedPrompt when any of the prompt was not computed and `cached` does not allow that.
         """
         body = request_body(prompt, max_tokens, self.model, self.extra or {})
         collector = _Collector(time.perf_counter(), on_text)
@@ -194,7 +196,7 @@ class Client:
                     collector.take(payload, now)
         if not collector.ended:
             raise BadReply(f"{self.base_url} closed the stream without [DONE]")
-        if cached := cached_tokens(collector.usage):
+        if (cached := cached_tokens(collector.usage)) and not self.cached:
             raise CachedPrompt(
                 f"{self.base_url} took {cached} of {collector.usage.get('prompt_tokens')} prompt tokens from a cache; "
                 "measure with prompts and a data directory that are new to it"

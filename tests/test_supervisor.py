@@ -177,6 +177,7 @@ async def test_cancel_in_mid_prefill_frees_the_engine_at_once(tmp_path: Path) ->
         assert incarnation
         await until(lambda: bool(incarnation.abort._words[1]), "a step runs")
         supervisor.cancel(stream)
+        assert incarnation.abort._words[0], "the running step is asked to end"
         assert await first_token_s(prompt_of(5)) < whole_s / 4
 
 

@@ -106,8 +106,8 @@ class Engine:
         while message is not None:
             self.handle(message)
             message = self._link.receive(0.0)
-        if self._refused or self._full:
-            self._report(())
+        # After a cancel no step may follow that would tell of the free slot.
+        self._report(())
 
     def handle(self, message: ToEngine) -> None:
         """Apply one message from the node."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import shutil
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import aiohttp
@@ -11,13 +12,31 @@ from engine_support import stories_model
 from serve_client import http_session
 from serve_process import ServeProcess, serving
 
+from swarmcpp.llama.probe import probe
 from swarmcpp.models.synthetic import TINY, write_model
 
 
+DataDirMaker = Callable[[], Path]
+
+
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of every server of the session, so that the CPU is probed once."""
-    return tmp_path_factory.mktemp("data")
+def new_data_dir(tmp_path_factory: pytest.TempPathFactory) -> DataDirMaker:
+    """A data directory for one server, without caches but with the CPU's probe, which takes seconds."""
+    probed = tmp_path_factory.mktemp("probed")
+    probe(probed)
+
+    def make() -> Path:
+        directory = tmp_path_factory.mktemp("data")
+        shutil.copytree(probed, directory, dirs_exist_ok=True)
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def data_dir(new_data_dir: DataDirMaker) -> Path:
+    """A data directory for the test's own server."""
+    return new_data_dir()
 
 
 @pytest.fixture(scope="session")
@@ -33,17 +52,17 @@ def stories() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_server(tiny: Path, data_dir: Path) -> Iterator[ServeProcess]:
+def tiny_server(tiny: Path, new_data_dir: DataDirMaker) -> Iterator[ServeProcess]:
     """Random weights in 8 slots of 512 tokens; for tests that leave it as it was."""
-    with serving(tiny, "--slots", "8", "--ctx-size", "512", "--data-dir", str(data_dir)) as server:
+    with serving(tiny, "--slots", "8", "--ctx-size", "512", "--data-dir", str(new_data_dir())) as server:
         yield server
         assert server.stderr == "loading tiny.gguf\n"
 
 
 @pytest.fixture(scope="session")
-def stories_server(stories: Path, data_dir: Path) -> Iterator[ServeProcess]:
+def stories_server(stories: Path, new_data_dir: DataDirMaker) -> Iterator[ServeProcess]:
     """Trained weights in 8 slots of 2048 tokens; for tests that leave it as it was."""
-    with serving(stories, "--slots", "8", "--ctx-size", "2048", "--data-dir", str(data_dir)) as server:
+    with serving(stories, "--slots", "8", "--ctx-size", "2048", "--data-dir", str(new_data_dir())) as server:
         yield server
         assert server.stderr == "loading stories260K.gguf\n"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import aiohttp
@@ -28,9 +28,9 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def slow_server(slow: Path, data_dir: Path) -> Iterator[ServeProcess]:
+def slow_server(slow: Path, new_data_dir: Callable[[], Path]) -> Iterator[ServeProcess]:
     """One slot, so that a request that stays is one that everybody waits for."""
-    with serving(slow, "--slots", "1", "--ctx-size", "8192", "--data-dir", str(data_dir)) as server:
+    with serving(slow, "--slots", "1", "--ctx-size", "8192", "--data-dir", str(new_data_dir())) as server:
         yield server
 
 
