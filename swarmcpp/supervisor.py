@@ -268,7 +268,9 @@ class EngineSupervisor:
 
     async def _dismiss(self, pump: asyncio.Task[None], exited: asyncio.Task[int], incarnation: Incarnation) -> None:
         """End an engine that has said its last: a Fault, or a frame that is none of ours."""
-        if error := pump.exception():
+        error = pump.exception()
+        # An engine that cannot be written to has died, of what its exit code tells.
+        if error and not isinstance(error, EngineFailed):
             # Such an engine cannot be trusted with more.
             self._fault = error if isinstance(error, SwarmError) else EngineFailed(f"engine messages: {error!r}")
         else:
@@ -397,7 +399,15 @@ class EngineSupervisor:
             self._end_lease(stream)
             stream.lease = self.cache.lease((*request.prompt, *request.generated), request.cache_salt)
         blocks = stream.lease.refs if stream.lease else ()
-        incarnation.link.send(Submit(serial=self._serial, request=request, blocks=blocks))
+        try:
+            incarnation.link.send(Submit(serial=self._serial, request=request, blocks=blocks))
+        except WireError:
+            self._end_lease(stream)
+            raise
+        except EngineFailed:
+            # It has just died, which is noticed a moment later, or reads no more. The next one finds the stream.
+            with contextlib.suppress(ProcessLookupError):
+                incarnation.process.kill()
         self._streams[self._serial] = stream
 
     def cancel(self, stream: EngineStream) -> None:

@@ -89,7 +89,8 @@ class BlockIndex:
         return block
 
     def finish_loading(self) -> list[Block]:
-        """After the last `load`: count children and free slots. Blocks without their parent's chain are dropped.
+        """After the last `load`: count children and free slots. Blocks without their parent's chain are dropped, and
+        chains beyond the limit of entries.
 
         A block whose parent key is not stored is a root only if it was one: the caller passes roots' parents as
         `ROOT`. The dropped blocks are returned.
@@ -117,6 +118,8 @@ class BlockIndex:
             if not block.children:
                 self._leaves += 1
             self._offer(block)
+        while self._max_entries and self._leaves > self._max_entries and (victim := self._evict()):
+            dropped.append(victim)
         return dropped
 
     def reserve(self, key: bytes, parent: bytes) -> tuple[Block | None, list[Block]]:
@@ -132,8 +135,7 @@ class BlockIndex:
             above.pins += 1
         evicted: list[Block] = []
         try:
-            grows = above is None or above.children > 0
-            while not self._free or (self._max_entries and grows and self._leaves >= self._max_entries):
+            while not self._free or self._too_many_chains(above):
                 victim = self._evict()
                 if victim is None:
                     return None, evicted
@@ -150,6 +152,11 @@ class BlockIndex:
         self._leaves += 1
         self._offer(block)
         return block, evicted
+
+    def _too_many_chains(self, above: Block | None) -> bool:
+        """Whether one more block after `above` makes a chain too many; what is evicted may change that."""
+        grows = above is None or above.children > 0
+        return bool(self._max_entries) and grows and self._leaves >= self._max_entries
 
     def commit(self, block: Block, digest: bytes) -> None:
         """The payload of a reserved block is in the arena."""
