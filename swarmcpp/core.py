@@ -297,10 +297,12 @@ class SamplerLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BlockRef:
-    """A block in the node's arena. `digest` is the BLAKE3 that its payload must have; empty: checked before."""
+    """A block in the node's arena. `digest` is the BLAKE3 that its payload must have; with `finite` set, a payload of
+    this digest is known to hold only finite values."""
 
     slot: int
-    digest: bytes = b""
+    digest: bytes
+    finite: bool = False
 
 
 class BlockFile(Protocol):

@@ -379,7 +379,7 @@ class EngineSupervisor:
         return len(self._streams)
 
     def submit(self, request: GenerateRequest) -> EngineStream:
-        """Queue a request; while an engine restarts it waits for the next one. Raises NotReady, EngineFailed."""
+        """Queue a request; while an engine restarts it waits for the next one. Raises NotReady, WireError."""
         if self.status.state in ("failed", "stopped"):
             raise NotReady(self.status.detail or "the engine is not running")
         stream = EngineStream(request)

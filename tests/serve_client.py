@@ -100,12 +100,14 @@ async def health(http: aiohttp.ClientSession, url: str) -> dict[str, Any]:
         return found
 
 
-async def until(condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
+async def until(
+    condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S, pause_s: float = 0.01
+) -> None:
     """Poll what other processes bring about."""
     end = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {deadline_s:g} s"
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(pause_s)
 
 
 async def until_health(http: aiohttp.ClientSession, url: str, deadline_s: float = 10.0, **wanted: Any) -> None:

@@ -117,7 +117,8 @@ class Scheduler:
             return StepPlan(decode=decode)
         chunks = self._share(prompts, self._prompt_rows(len(decode)))
         by_count: dict[int, list[Chunk]] = {}
-        for chunk in sorted(chunks, key=lambda chunk: chunk.count):
+        # Short ones first, so that their answers begin; by slot, since llama.cpp computes only neighbours together.
+        for chunk in sorted(chunks, key=lambda chunk: (chunk.count, chunk.slot)):
             by_count.setdefault(chunk.count, []).append(chunk)
         return StepPlan(decode=decode, prefill=tuple(tuple(group) for group in by_count.values()))
 
@@ -166,4 +167,6 @@ class Scheduler:
             # From within a tile (blocks that are no whole tiles were reused) first to its end.
             inside = view.start % TILE_ROWS
             return min(rows, TILE_ROWS - inside) if inside else rows - rows % TILE_ROWS
-        return min(view.remaining, chunk, TILE_ROWS - 1)
+        # All of a tail or none: ggml computes one row of a long sequence differently from two.
+        rows = min(view.remaining, self.policy.prefill_chunk_tokens, TILE_ROWS - 1)
+        return rows if rows <= limit else 0

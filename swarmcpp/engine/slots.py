@@ -78,6 +78,14 @@ class Slot:
         """What the placement of other requests may know."""
         return Held(self.index, self.held, self.n_past, self.salt, self.running is not None, self.last_used)
 
+    def take(self, other: Slot) -> None:
+        """Take over the request of `other`, whose KV is here now and there no more."""
+        self.running, other.running = other.running, None
+        self.serial, other.serial = other.serial, 0
+        self.held, other.held = other.held, b""
+        self.salt, self.last_used, self.stored = other.salt, other.last_used, other.stored
+        other.left = other.stored = 0
+
     def free(self, *, keep: bool) -> None:
         """End the running request; with `keep` its tokens stay for others."""
         if self.running is None:

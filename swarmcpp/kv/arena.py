@@ -1,7 +1,7 @@
 """The arena: one file of fixed-size blocks for one model, hot in the page cache, cold on disk, there after a restart.
 
 Layout, little-endian: a header page; a table of entries, one for each block; then the payloads, page-aligned. A block
-is written payload first, entry last, and an entry carries the BLAKE3 of its payload, which is checked before the first
+is written payload first, entry last, and an entry carries the BLAKE3 of its payload, which is checked before every
 use. So whatever a crash, a full disk or a stray program leaves behind is a miss, never a wrong answer.
 
 Payloads are read and written with positioned reads and writes, not through a mapping: a mapped file that somebody

@@ -104,7 +104,7 @@ class PrefixCache:
             self._index.use(blocks)
             for block in blocks:
                 block.pins += 1
-            refs = tuple(BlockRef(block.slot, b"" if block.verified else block.digest) for block in blocks)
+            refs = tuple(BlockRef(block.slot, block.digest, block.finite) for block in blocks)
             tick = self._index.tick
         if blocks:
             self._arena.touch(blocks[-1].slot, tick)
@@ -125,7 +125,7 @@ class PrefixCache:
                 return
             sound = used_tokens // self._identity.block_tokens
             for block in lease.blocks[:sound]:
-                block.verified = True
+                block.finite = True
             if sound < len(lease.blocks) and self._index.get(lease.keys[sound]) is lease.blocks[sound]:
                 dropped = self._index.remove(lease.blocks[sound])
                 self._bad += 1

@@ -29,7 +29,8 @@ class Block:
     pins: int = 0
     ready: bool = True
     """Its payload is in the arena; until then it holds a slot and is not found."""
-    verified: bool = False
+    finite: bool = False
+    """Values of this digest were found finite."""
 
 
 class BlockIndex:
@@ -160,7 +161,7 @@ class BlockIndex:
 
     def commit(self, block: Block, digest: bytes) -> None:
         """The payload of a reserved block is in the arena."""
-        block.digest, block.ready, block.verified = digest, True, True
+        block.digest, block.ready, block.finite = digest, True, True
         block.pins -= 1
 
     def remove(self, block: Block) -> list[Block]:

@@ -15,7 +15,6 @@ from serve_process import ServeProcess, serving
 from swarmcpp.llama.probe import probe
 from swarmcpp.models.synthetic import TINY, write_model
 
-
 DataDirMaker = Callable[[], Path]
 
 

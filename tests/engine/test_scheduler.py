@@ -153,7 +153,7 @@ def test_prompts_of_equal_chunks_share_a_call() -> None:
 
 def test_one_prompt_per_step_without_batched_prefill() -> None:
     slots = [view_of(slot, 9 - slot, 0, 40) for slot in range(4)]
-    together = Scheduler(Policy()).plan(slots)
+    together = Scheduler(Policy(prefill_chunk_tokens=160)).plan(slots)
     one = Scheduler(Policy(batched_prefill_forward=False)).plan(slots)
     assert {chunk.slot for chunk in chunks_of(together)} == {0, 1, 2, 3}
     assert one.prefill == ((Chunk(3, 0, 40, last=True),),)
