@@ -37,6 +37,7 @@ LABEL_AT = 1024
 """Where in the header page the label is: two bytes of length, then UTF-8."""
 
 MAX_LABEL = 1024
+MAX_TICK = 2**62
 MAX_ARENAS = 8
 """Nodes on one machine that may serve the same model from one data directory, each with an arena of its own."""
 
@@ -83,11 +84,11 @@ class ArenaGeometry:
     @staticmethod
     def within(block_bytes: int, max_bytes: int) -> ArenaGeometry:
         """The largest arena of at most `max_bytes`; it may have no block."""
-        geometry = ArenaGeometry(block_bytes, max(0, (max_bytes - 2 * PAGE) // (block_bytes + _ENTRY.size)))
-        while geometry.n_blocks and geometry.file_bytes > max_bytes:
-            geometry = ArenaGeometry(
-                block_bytes, geometry.n_blocks - 1 - (geometry.file_bytes - max_bytes) // geometry.stride
-            )
+        # With room for the header and a last page of table that is not full.
+        room = max_bytes - 2 * PAGE
+        geometry = ArenaGeometry(block_bytes, max(0, room // (ArenaGeometry(block_bytes, 0).stride + _ENTRY.size)))
+        while (larger := ArenaGeometry(block_bytes, geometry.n_blocks + 1)).file_bytes <= max_bytes:
+            geometry = larger
         return geometry
 
 
@@ -117,7 +118,8 @@ class Arena:
         """The first arena for `identity` (32 bytes) that no other node holds; created, or emptied, where needed.
 
         `max_bytes` None keeps the size of an existing arena and makes a new one of `default_bytes`. None when the size
-        allows no block. `label` tells people what it is of. Raises OSError when the directory cannot be written.
+        allows no block. `label` tells people what it is of; empty leaves the old one. Raises OSError when the directory
+        cannot be written.
         """
         directory.mkdir(parents=True, exist_ok=True)
         for number in range(MAX_ARENAS):
@@ -126,10 +128,7 @@ class Arena:
             if lock is None:
                 continue
             try:
-                arena = cls._open(path, identity, block_bytes, max_bytes, default_bytes, lock)
-                if arena:
-                    arena._write_label(label)
-                return arena
+                return cls._open(path, identity, block_bytes, max_bytes, default_bytes, lock, label)
             except BaseException:
                 lock.close()
                 raise
@@ -167,7 +166,14 @@ class Arena:
 
     @classmethod
     def _open(
-        cls, path: Path, identity: bytes, block_bytes: int, max_bytes: int | None, default_bytes: int, lock: BinaryIO
+        cls,
+        path: Path,
+        identity: bytes,
+        block_bytes: int,
+        max_bytes: int | None,
+        default_bytes: int,
+        lock: BinaryIO,
+        label: str = "",
     ) -> Arena | None:
         existing = read_header(path)
         known = existing is not None and existing[0].block_bytes == block_bytes and existing[1] == identity
@@ -180,14 +186,25 @@ class Arena:
             return None
         arena = cls(path, geometry, identity, lock)
         arena._fd = os.open(path, os.O_RDWR | os.O_CREAT | _BINARY, 0o600)
-        if not known or existing is None or existing[0] != geometry:
-            if path.stat().st_size:
-                logger.warning("%s is of another model, version or size: starting it empty", path)
-            arena._format()
-        # A file that was cut short reads as zeros where it was cut, and zeros match no digest.
-        if os.fstat(arena._fd).st_size < geometry.file_bytes:
-            os.truncate(arena._fd, geometry.file_bytes)
+        try:
+            arena._prepare(existing[0] if known and existing else None, label)
+        except BaseException:
+            arena.close()
+            raise
         return arena
+
+    def _prepare(self, existing: ArenaGeometry | None, label: str) -> None:
+        """Make the open file an arena of this geometry; `existing` is what it has."""
+        size = os.fstat(self._fd).st_size
+        if existing != self.geometry:
+            if size:
+                logger.warning("%s is of another model, version or size: starting it empty", self.path)
+            self._format()
+        # A file that was cut short reads as zeros where it was cut, and zeros match no digest.
+        elif size < self.geometry.file_bytes:
+            os.truncate(self._fd, self.geometry.file_bytes)
+        if label:
+            self._write_label(label)
 
     def _format(self) -> None:
         os.truncate(self._fd, 0)
@@ -231,6 +248,13 @@ class Arena:
         with self._lock, suppress(OSError):
             write_at(self._fd, struct.pack("<Q", tick), PAGE + slot * _ENTRY.size + 96)
 
+    def in_place(self) -> bool:
+        """Whether the open file is still the one that its path names, for others to open."""
+        try:
+            return self._fd >= 0 and os.path.samestat(os.fstat(self._fd), self.path.stat())
+        except OSError:
+            return False
+
     def close(self) -> None:
         """Release the file and the lock."""
         with self._lock:
@@ -246,6 +270,7 @@ class ArenaFile:
     def __init__(self, path: Path, geometry: ArenaGeometry) -> None:
         """Raises OSError when the file cannot be opened."""
         self._geometry = geometry
+        self._failing = False
         self._fd = os.open(path, os.O_RDWR | _BINARY)
 
     def read_into(self, slot: int, target: memoryview) -> bool:
@@ -262,8 +287,12 @@ class ArenaFile:
         try:
             write_at(self._fd, payload, self._geometry.offset(slot))
         except (OSError, IndexError) as error:
-            logger.warning("cannot write a block: %s", error)
+            # Once: a disk that is full stays so for a while.
+            if not self._failing:
+                logger.warning("cannot write a block: %s", error)
+            self._failing = True
             return False
+        self._failing = False
         return True
 
     def close(self) -> None:
@@ -281,14 +310,15 @@ def read_header(path: Path) -> tuple[ArenaGeometry, bytes] | None:
     if len(raw) < _HEADER.size + DIGEST_BYTES or blake3(raw[: _HEADER.size]).digest() != raw[_HEADER.size :]:
         return None
     magic, block_bytes, n_blocks, identity = _HEADER.unpack_from(raw)
-    return (ArenaGeometry(block_bytes, n_blocks), identity) if magic == MAGIC else None
+    return (ArenaGeometry(block_bytes, n_blocks), identity) if magic == MAGIC and block_bytes and n_blocks else None
 
 
 def _sound_entries(table: bytes) -> Iterator[StoredBlock]:
     for slot in range(len(table) // _ENTRY.size):
         key, parent, digest, tick, check = _ENTRY.unpack_from(table, slot * _ENTRY.size)
         if key != _NO_KEY and check == _check(slot, key, parent, digest):
-            yield StoredBlock(slot, key, parent, digest, tick)
+            # No check covers a tick, which changes with every use. A damaged one must leave room to count on.
+            yield StoredBlock(slot, key, parent, digest, tick if tick <= MAX_TICK else 0)
 
 
 def read_label(path: Path) -> str:

@@ -65,6 +65,7 @@ class PrefixCache:
         self._index = BlockIndex(arena.geometry.n_blocks, max_entries)
         self._stored = 0
         self._bad = 0
+        self._failing = False
         load_index(arena, self._index)
 
     @property
@@ -181,12 +182,19 @@ class PrefixCache:
         try:
             self._arena.enter(StoredBlock(block.slot, block.key, block.parent, digest, block.tick))
         except OSError as error:
-            logger.warning("%s: cannot enter a block: %s", self.path, error)
+            if not self._failing:
+                logger.warning("%s: cannot enter a block: %s", self.path, error)
+            self._failing = True
             return False
+        self._failing = False
         self._index.commit(block, digest)
         return True
 
     # -- care ----------------------------------------------------------------------------------------------------
+
+    def in_place(self) -> bool:
+        """Whether an engine that opens `path` finds this arena there; not so once somebody has deleted it."""
+        return self._arena.in_place()
 
     def check_integrity(self) -> None:
         """Raise AssertionError when the index contradicts itself."""

@@ -19,6 +19,7 @@ from swarmcpp.models.synthetic import Shape, write_model
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
 
 KILLS = 20
+TOKENS = 900
 PROMPTS = ("Once upon a time", "Tom and Lily", "The dog ran to the big tree", "One day, a bird")
 ONLY_ASCII = {str(token): -100 for token in range(512) if not 33 <= token <= 126}
 """Of the synthetic vocabulary: every token becomes one character."""
@@ -80,7 +81,7 @@ async def test_20_kills_change_no_text_of_a_trained_model(
 ) -> None:
     arguments = ("--slots", "4", "--ctx-size", "2048", "--data-dir", str(data_dir))
     with serving(stories, *arguments) as server:
-        bodies = [completion(prompt, 1500) for prompt in PROMPTS]
+        bodies = [completion(prompt, TOKENS) for prompt in PROMPTS]
         expected = await asyncio.gather(*(complete(http, server.url, body) for body in bodies))
         killer, rounds = await stream_under_fire(server, bodies, seed=7)
         for heards in rounds:
@@ -95,13 +96,13 @@ async def test_20_kills_lose_and_repeat_no_token(tiny: Path, data_dir: Path, htt
     arguments = ("--slots", "4", "--ctx-size", "2048", "--data-dir", str(data_dir))
     with serving(tiny, *arguments) as server:
         # Random weights are full of near ties, which a replayed prompt may decide otherwise: the count tells.
-        bodies = [completion([60 + number] * 9, 1500, logit_bias=ONLY_ASCII) for number in range(4)]
+        bodies = [completion([60 + number] * 9, TOKENS, logit_bias=ONLY_ASCII) for number in range(4)]
         expected = await asyncio.gather(*(complete(http, server.url, body) for body in bodies))
         _killer, rounds = await stream_under_fire(server, bodies, seed=11)
         for heards in rounds:
             for heard, text in zip(heards, expected, strict=True):
                 assert (heard.finish, heard.done, heard.error) == ("length", True, None)
-                assert heard.chars == 1500
+                assert heard.chars == TOKENS
                 assert heard.text[:9] == text[:9]
 
 
