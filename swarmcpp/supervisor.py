@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import signal
 import sys
 import tempfile
@@ -49,13 +48,6 @@ BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Pause before the n-th restart in a row. The first is immediate: readers are waiting in mid-sentence."""
 
 STOP_GRACE_S = 3.0
-
-SPIN_COUNT = 10_000
-"""Turns that a compute thread spins at a barrier before it sleeps: longer than any uneven operator, about 0.2 ms.
-
-GNU OpenMP's default is 30 times that and more. When another program takes a core (this node, a browser), the thread that
-lost it can then not move to the one that spins: on 2 cores with one busy program decoding was 2 to 5 times slower.
-"""
 
 FAULT_EXIT = 1
 """Exit code of an engine that sent a Fault (and of one with an uncaught exception)."""
@@ -238,7 +230,6 @@ class EngineSupervisor:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
-                env={"GOMP_SPINCOUNT": str(SPIN_COUNT), **os.environ},
                 # Ctrl-C belongs to the node, which then stops the engine in order.
                 start_new_session=sys.platform != "win32",
             )

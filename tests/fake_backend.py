@@ -7,7 +7,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from swarmcpp.core import GenerateRequest, Rows, SamplerLike
+from blake3 import blake3
+
+from swarmcpp.core import BlockFile, BlockRef, GenerateRequest, Rows, SamplerLike
 from swarmcpp.errors import DecodeAborted, DecodeFailed
 from swarmcpp.testing import FakeClock
 from swarmcpp.wire import FromEngine, Refused, StepOut, ToEngine, TokenOut
@@ -44,11 +46,36 @@ class FakeSampler:
 
 
 @dataclass(slots=True)
+class FakeBlockFile:
+    """An arena of payloads in memory. Slots in `broken` can be neither read nor written."""
+
+    payloads: dict[int, bytes] = field(default_factory=dict)
+    broken: set[int] = field(default_factory=set)
+    reads: int = 0
+    writes: int = 0
+
+    def read_into(self, slot: int, target: memoryview) -> bool:
+        self.reads += 1
+        if slot in self.broken or len(self.payloads.get(slot, b"")) != len(target):
+            return False
+        target[:] = self.payloads[slot]
+        return True
+
+    def write(self, slot: int, payload: memoryview) -> bool:
+        self.writes += 1
+        if slot in self.broken:
+            return False
+        self.payloads[slot] = bytes(payload)
+        return True
+
+
+@dataclass(slots=True)
 class FakeBackend:
     """Deterministic and strict: every call is checked against what the slots hold.
 
     Decodes are counted from 1. `abort_at` and `fail_at` name the ones that stop half-way or fail for good; `on_decode`
     runs at the start of each, as another process would. `cost` gives the seconds of a batch by decode and prompt rows.
+    The payload of a block is a hash of all tokens before it, then its own tokens: like KV, it fits in one place only.
     """
 
     n_slots: int = 4
@@ -61,7 +88,11 @@ class FakeBackend:
     abort_at: set[int] = field(default_factory=set)
     fail_at: set[int] = field(default_factory=set)
     on_decode: Callable[[Sequence[Rows]], None] = lambda rows: None
+    block_tokens: int = 0
+    file: BlockFile | None = None
     decodes: int = 0
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
+    """(source, target, tokens) of each `copy_prefix`."""
     open_samplers: int = 0
     batches: list[tuple[Rows, ...]] = field(default_factory=list)
     kv: list[list[int]] = field(init=False)
@@ -120,6 +151,50 @@ class FakeBackend:
 
     def length(self, slot: int) -> int:
         return len(self.kv[slot])
+
+    # -- KV ------------------------------------------------------------------------------------------------------
+
+    def copy_prefix(self, source: int, target: int, n_tokens: int) -> None:
+        assert source != target, "a slot is copied onto itself"
+        assert 0 < n_tokens <= len(self.kv[source]), f"slot {source} does not hold {n_tokens} tokens"
+        self.copies.append((source, target, n_tokens))
+        self.kv[target] = self.kv[source][:n_tokens]
+
+    def payload(self, tokens: Sequence[int], number: int) -> bytes:
+        """The payload of block `number` of a token sequence."""
+        start, stop = number * self.block_tokens, (number + 1) * self.block_tokens
+        before = hashlib.blake2b(repr(tuple(tokens[:start])).encode(), digest_size=8).digest()
+        return before + b"".join(token.to_bytes(4, "little") for token in tokens[start:stop])
+
+    def load_blocks(self, slot: int, blocks: Sequence[BlockRef]) -> int:
+        assert self.block_tokens, "no blocks here"
+        assert blocks, "nothing to load"
+        assert len(blocks) * self.block_tokens < self.n_ctx, f"slot {slot} overflows"
+        tokens: list[int] = []
+        payload = bytearray(8 + 4 * self.block_tokens)
+        for number, block in enumerate(blocks):
+            if self.file is None or not self.file.read_into(block.slot, memoryview(payload)):
+                break
+            if blake3(payload).digest() != block.digest:
+                break
+            tokens += [int.from_bytes(payload[at : at + 4], "little") for at in range(8, len(payload), 4)]
+            assert self.payload(tokens, number) == payload, "a block of another prefix or another place"
+        self.kv[slot] = tokens
+        return len(tokens) // self.block_tokens
+
+    def store_blocks(self, slot: int, grants: Sequence[tuple[int, int]]) -> list[tuple[int, bytes]]:
+        assert self.block_tokens, "no blocks here"
+        written: list[tuple[int, bytes]] = []
+        for number, arena_slot in grants:
+            assert 0 <= number < len(self.kv[slot]) // self.block_tokens, f"slot {slot} does not hold block {number}"
+            payload = self.payload(self.kv[slot], number)
+            if self.file is not None and self.file.write(arena_slot, memoryview(payload)):
+                written.append((arena_slot, blake3(payload).digest()))
+        return written
+
+    def rows(self) -> int:
+        """Rows of all decodes so far."""
+        return sum(len(part.tokens) for batch in self.batches for part in batch)
 
 
 @dataclass(slots=True)

@@ -46,18 +46,14 @@ class Home:
     def __init__(self) -> None:
         # Not pytest's tmp_path: a Unix socket path holds about 100 characters, and test names are long.
         self.path = Path(tempfile.mkdtemp(prefix="e2e-"))
-        self.path.chmod(0o755)
         self.temp = self.path / "tmp"
         self.temp.mkdir()
-        # Other users may write here, as in every temporary directory: one test runs as another user.
-        self.temp.chmod(0o1777)
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         """This process's variables without SWARMCPP_*, with the directories of this home."""
         env = {name: value for name, value in os.environ.items() if not name.startswith("SWARMCPP_")}
         for name in ("TMPDIR", "TMP", "TEMP"):
             env[name] = str(self.temp)
-        # Found also where an editable install is not readable for the user that runs it.
         env |= {"XDG_CONFIG_HOME": str(self.path / "config"), "XDG_DATA_HOME": str(self.path / "data")}
         return env | dict(extra or {})
 

@@ -177,6 +177,8 @@ def _learn_layers(reader: _Reader, count: int, n_layers: int) -> tuple[tuple[int
     for _ in range(n_layers):
         types.append(reader.number("<i4"))
         rows.append(reader.number("<u8"))
+        if not rows[-1]:
+            raise SnapshotError(f"a layer's rows have no bytes, at byte {reader.at}")
         reader.take(count * rows[-1])
     return tuple(types), tuple(rows)
 

@@ -24,8 +24,9 @@ def fingerprint(files: Sequence[Path], cache_dir: Path) -> bytes:
     memo = cache_dir / "fingerprints" / (blake3(json.dumps(facts).encode()).hexdigest()[:32] + ".json")
     try:
         known = json.loads(memo.read_text())
-        if known["files"] == facts:
-            return bytes.fromhex(known["fingerprint"])
+        remembered = bytes.fromhex(known["fingerprint"])
+        if known["files"] == facts and len(remembered) == blake3.digest_size:
+            return remembered
     except (OSError, ValueError, KeyError, TypeError):
         pass
     digest = _hash(files)

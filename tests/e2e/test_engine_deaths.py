@@ -19,8 +19,11 @@ from swarmcpp.models.synthetic import Shape, write_model
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
 
 KILLS = 20
-TOKENS = 900
-PROMPTS = ("Once upon a time", "Tom and Lily", "The dog ran to the big tree", "One day, a bird")
+TOKENS = 500
+PROMPTS = ("The dog ran to the big tree", "Tom saw a tree", "Mia went to the tree", "Sue saw a tree")
+"""Beginnings whose 500 greedy tokens come past no near tie: the best two tokens are never nearer than 0.016. What an
+engine computed token by token its successor computes in chunks, and that rounds differently."""
+
 ONLY_ASCII = {str(token): -100 for token in range(512) if not 33 <= token <= 126}
 """Of the synthetic vocabulary: every token becomes one character."""
 
@@ -42,7 +45,7 @@ class Killer:
                 # While it loads, or when it has just loaded.
                 await asyncio.sleep(self._draw.random())
             else:
-                await self._more_text(self._draw.randrange(1, 800), heards, running)
+                await self._more_text(self._draw.randrange(1, 600), heards, running)
             if running.done():
                 return
             streaming = all(heard.pieces and not heard.done for heard in heards)
