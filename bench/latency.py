@@ -42,8 +42,8 @@ async def measure_stall(client: Client, rng: random.Random, vocab: range) -> tup
 
 def stall_launches(setup: Setup) -> list[Launch]:
     """Every setting of the stall scenario, llama-server's defaults first."""
-    batches = LLAMA_BATCHES[2:3] if setup.quick else LLAMA_BATCHES
-    budgets = (BUDGETS_MS[1], BUDGETS_MS[3]) if setup.quick else BUDGETS_MS
+    batches = () if setup.quick else LLAMA_BATCHES
+    budgets = BUDGETS_MS[-1:] if setup.quick else BUDGETS_MS
     launches: list[Launch] = []
     if LLAMA in setup.sides:
         launches += [setup.llama(2, STALL_CTX, batch) for batch in (None, *batches)]
@@ -135,8 +135,8 @@ async def cancel(setup: Setup) -> Outcome:
         }
         for round_, fraction in enumerate(cancel_fractions(setup.repeats)):
             for name, client in bed.clients.items():
-                # 0.9: a prefill that happens to run faster than the one that was timed must not be over by then.
-                after = 0.9 * fraction * whole[name]
+                # 0.7: a prefill that happens to run faster than the one that was timed must not be over by then.
+                after = 0.7 * fraction * whole[name]
                 waits[name].append(await measure_cancel(client, setup.rng("cancel", round_), setup.vocab, after))
                 setup.say(
                     f"cancel {round_}: {name}, left after {after:.1f} s: {waits[name][-1]:.3f} s to the next token"

@@ -65,7 +65,7 @@ class EngineConfig:
 class InferenceConfig:
     continuous_batching: bool = setting(True, help="new requests join the batch that is running")
     prefill_chunk_tokens: int = setting(128, help="most prompt tokens in one step", low=1, high=4096)
-    prefill_budget_ms: int = setting(400, help="time for prompt tokens in one step, in ms", low=10, high=60000)
+    prefill_budget_ms: int = setting(700, help="time for prompt tokens in one step, in ms", low=10, high=60000)
     batched_prefill_forward: bool = setting(True, help="chunks of several prompts share one step")
     prefix_cache_enabled: bool = setting(True, help="beginnings of prompts that were read are not read again")
     prefix_cache_block_tokens: int = setting(64, help="tokens of a cached block", low=16, high=1024)

@@ -330,7 +330,11 @@ class EngineSupervisor:
     async def _on_ready(self, incarnation: Incarnation, ready: Ready) -> None:
         if ready.layout is None:
             logger.info("no arena for this model: %s", ready.no_blocks)
-        elif self.cache is None:
+        elif self.cache is None or not self.cache.in_place():
+            if self.cache:
+                # Its file was deleted, or another node has made one of that name: this engine could not use it.
+                self.cache.close()
+                self.cache = None
             # Opening reads the table of an arena, which may be large.
             self.cache = await asyncio.to_thread(self._open_cache, ready.layout)
         if self.cache:

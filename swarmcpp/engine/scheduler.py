@@ -41,7 +41,7 @@ class Policy:
     """The switches and limits of the scheduler; rows are tokens, the budget is seconds."""
 
     prefill_chunk_tokens: int = 128
-    prefill_budget_s: float = 0.4
+    prefill_budget_s: float = 0.7
     max_rows: int = 512
     continuous_batching: bool = True
     batched_prefill_forward: bool = True

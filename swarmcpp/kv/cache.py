@@ -130,7 +130,9 @@ class PrefixCache:
             if sound < len(lease.blocks) and self._index.get(lease.keys[sound]) is lease.blocks[sound]:
                 dropped = self._index.remove(lease.blocks[sound])
                 self._bad += 1
-                logger.warning("%s: a block is damaged; %d blocks are dropped", self.path, len(dropped))
+                # A file that was damaged once has more such blocks: one line is enough.
+                level = logging.WARNING if self._bad == 1 else logging.DEBUG
+                logger.log(level, "%s: a block is damaged; %d blocks are dropped", self.path, len(dropped))
                 for block in dropped:
                     self._arena.erase(block.slot)
 
