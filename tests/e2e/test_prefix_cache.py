@@ -1,4 +1,4 @@
-"""What was read once is not read again: by a server, by the next one, after a crash, and whatever happens to its file."""
+"""What was read once is not read again: by a server, by the next one, after a crash, whatever befalls its file."""
 
 from __future__ import annotations
 
