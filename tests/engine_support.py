@@ -106,9 +106,16 @@ class Rig:
 RigMaker = Callable[..., Rig]
 
 
-def make_rig(backend: Backend, abort_file: Path, policy: Policy | None = None, clock: FakeClock | None = None) -> Rig:
+def make_rig(
+    backend: Backend,
+    abort_file: Path,
+    policy: Policy | None = None,
+    clock: FakeClock | None = None,
+    block_tokens: int = 0,
+) -> Rig:
     clock = clock or FakeClock()
     policy = policy or Policy(max_rows=backend.max_rows)
     link = FakeLink()
     abort = AbortFlag(abort_file, create=True)
-    return Rig(Engine(backend, link, Scheduler(policy), abort, clock), backend, link, clock, abort)
+    engine = Engine(backend, link, Scheduler(policy), abort, clock, block_tokens=block_tokens)
+    return Rig(engine, backend, link, clock, abort)

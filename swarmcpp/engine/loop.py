@@ -182,20 +182,17 @@ class Engine:
         )
 
     def _close_gap(self) -> None:
-        """Move the last decoding slot into a free one between running ones.
+        """Move the last decoding slot into a gap between running slots.
 
         llama.cpp computes only neighbouring streams together: every gap between running slots reads the weights once
-        more in every step, while a move costs a few milliseconds once. Free slots before the first running one are no
-        gap, and what they keep for the next turn of a conversation would be lost.
+        more in every step, while a move costs a few milliseconds once.
         """
         busy = [slot.index for slot in self._slots if slot.running]
         if not self._block_tokens or not busy or busy[-1] - busy[0] < len(busy):
             return
-        gap = next(slot for slot in self._slots[busy[0] :] if not slot.running)
         last = self._slots[busy[-1]]
-        if last.running is None:
-            return
-        running = last.running
+        gap = next(slot for slot in self._slots[busy[0] :] if not slot.running)
+        running = self._running(last.index)
         answered = len(running.tokens) - len(running.request.prompt)
         if running.remaining or running.request.max_tokens - answered < WORTH_A_MOVE:
             return

@@ -31,7 +31,8 @@ def fake_rig(tmp_path: Path) -> Iterator[RigMaker]:
     rigs: list[Rig] = []
 
     def make(*, policy: Policy | None = None, **fields: Any) -> Rig:
-        rig = make_rig(FakeBackend(**fields), tmp_path / f"abort{len(rigs)}", policy, fields.get("clock"))
+        reuse = fields.get("block_tokens", 0)
+        rig = make_rig(FakeBackend(**fields), tmp_path / f"abort{len(rigs)}", policy, fields.get("clock"), reuse)
         rigs.append(rig)
         return rig
 
