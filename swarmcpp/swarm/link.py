@@ -1,12 +1,14 @@
 """The link between a node and one incarnation of its engine: a pair of DEALER sockets.
 
-`ipc://` in a private directory where the platform has it; elsewhere loopback TCP under CURVE, with keys that only these
-two processes know. Each incarnation gets an endpoint of its own, so nothing of a dead engine can reach its successor.
+`ipc://` in a private directory where the platform has it and its path is short enough; elsewhere loopback TCP under
+CURVE, with keys that only these two processes know. Each incarnation gets an endpoint of its own, so nothing of a dead
+engine can reach its successor.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +46,7 @@ class NodeLink:
         self._context = zmq.asyncio.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
         _configure(self._socket)
-        if zmq.has("ipc"):
-            # Short on purpose: a Unix socket path holds about 100 characters.
-            self._directory = tempfile.TemporaryDirectory(prefix="swarmcpp-", ignore_cleanup_errors=True)
-            endpoint = f"ipc://{Path(self._directory.name) / 'engine'}"
+        if endpoint := self._ipc_endpoint():
             self._socket.bind(endpoint)
             self.ticket: Ticket = {"endpoint": endpoint}
         else:
@@ -57,6 +56,19 @@ class NodeLink:
             self._socket.curve_secretkey = server.secret.encode()
             port = self._socket.bind_to_random_port("tcp://127.0.0.1")
             self.ticket = {"endpoint": f"tcp://127.0.0.1:{port}", "server_key": server.public}
+
+    def _ipc_endpoint(self) -> str | None:
+        """An address in a directory of its own; None where the platform has none, or none as long as it would be."""
+        if not zmq.has("ipc"):
+            return None
+        # Short on purpose: a Unix socket path holds about 100 characters, and TMPDIR may be most of them.
+        directory = tempfile.TemporaryDirectory(prefix="swarmcpp-", ignore_cleanup_errors=True)
+        path = Path(directory.name) / "engine"
+        if len(os.fsencode(path)) > zmq.IPC_PATH_MAX_LEN:
+            directory.cleanup()
+            return None
+        self._directory = directory
+        return f"ipc://{path}"
 
     async def receive(self) -> FromEngine:
         """The engine's next message. Raises WireError on a frame that is none."""

@@ -7,13 +7,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import gguf
 import pytest
 from cli_process import PROGRAM
-from serve_process import DEADLINE_S, Home
+from serve_process import DEADLINE_S, Home, alive, serving
 
 from swarmcpp.models.synthetic import TINY, write_model
 from swarmcpp.models.synthetic_vocab import write_tokenizer
@@ -238,3 +239,16 @@ def test_an_unknown_name_suggests_others(home: Home) -> None:
 
 def test_no_model_at_all(home: Home) -> None:
     assert "swarmcpp models" in refused(home)
+
+
+def test_a_temporary_directory_with_a_long_path(model: str, data_dir: Path) -> None:
+    with tempfile.TemporaryDirectory() as base:
+        # Longer than the path of a Unix socket may be.
+        temp = Path(base) / ("x" * 100)
+        temp.mkdir()
+        arguments = ("--slots", "1", "--ctx-size", "256", "--data-dir", str(data_dir))
+        with serving(Path(model), *arguments, env={"TMPDIR": str(temp)}) as server:
+            engine = server.engine_pid()
+        assert engine is not None
+        assert not alive(engine)
+        assert list(temp.iterdir()) == []

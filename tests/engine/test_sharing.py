@@ -576,6 +576,29 @@ def test_any_schedule_gives_the_right_answers(fake_node: NodeMaker, tmp_path: Pa
     cache.close()
 
 
+def test_blocks_that_no_slot_holds_any_more_are_not_stored(fake_node: NodeMaker) -> None:
+    shared = fake_node(n_slots=1)
+    shared.ask(1, request(prompt_of(130), 2))
+    for serial, number in ((1, 2), (2, 0)):
+        shared.link.inbox.append(StoreBlocks(serial, ((0, 5), (number, 6))))
+        shared.run()
+        assert shared.link.outbox[-1] == BlocksStored(serial, ())
+
+
+def test_running_slots_stay_together_and_idle_ones_keep_what_they_have(fake_node: NodeMaker) -> None:
+    shared = fake_node(n_slots=4)
+    shared.ask(1, request(prompt_of(130, 1), 40))
+    shared.ask(2, request(prompt_of(130, 2), 40))
+    assert shared.backend.copies == [], "one running slot has no gap beside it"
+    for serial, tokens in ((3, 60), (4, 60), (5, 60), (6, 5)):
+        shared.submit(serial, request(prompt_of(100, serial), tokens))
+    shared.run()
+    assert shared.backend.copies, "the last one moves into the gap"
+    for serial in (3, 4, 5, 6):
+        wanted = request(prompt_of(100, serial), 60)
+        assert shared.tokens(serial) == continuation(wanted, 60, 97)[: len(shared.tokens(serial))]
+
+
 def test_the_rig_of_the_other_tests_still_reuses_nothing(tmp_path: Path) -> None:
     rig = make_rig(FakeBackend(n_ctx=N_CTX), tmp_path / "abort")
     for serial in (1, 2):

@@ -300,6 +300,7 @@ def test_an_entry_copied_to_another_place_is_not_believed(laid: Callable[[bytes]
     damaged = bytearray(sound_bytes)
     damaged[PAGE + 12 * ENTRY : PAGE + 13 * ENTRY] = sound_bytes[PAGE : PAGE + ENTRY]
     path = laid(bytes(damaged))
+    assert Arena.count(path, ArenaGeometry(BLOCK_BYTES, 16)) == N_STORED
     assert survives(path.parent) == N_STORED
 
 
@@ -308,6 +309,7 @@ def test_swapped_entries_are_not_believed(laid: Callable[[bytes], Path], sound_b
     first, second = slice(PAGE, PAGE + ENTRY), slice(PAGE + ENTRY, PAGE + 2 * ENTRY)
     damaged[first], damaged[second] = sound_bytes[second], sound_bytes[first]
     path = laid(bytes(damaged))
+    assert Arena.count(path, ArenaGeometry(BLOCK_BYTES, 16)) == N_STORED - 2
     assert survives(path.parent) == N_STORED - len(A) // BLOCK_TOKENS
 
 

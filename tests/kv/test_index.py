@@ -87,6 +87,15 @@ def test_a_chain_that_is_used_outlives_many_that_are_not() -> None:
     assert {1, 2} <= names(index)
 
 
+def test_what_was_asked_for_again_outlives_newer_blocks_that_were_not() -> None:
+    index = BlockIndex(6)
+    chain = store(index, 1, 2)
+    index.use(chain)
+    for name in range(10, 18):
+        store(index, name)
+    assert {1, 2} <= names(index)
+
+
 def test_old_fame_is_forgotten() -> None:
     index = BlockIndex(4)
     chain = store(index, 1, 2)
