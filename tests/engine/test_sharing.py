@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_support import GREEDY, make_rig, prompt_of, request
+from engine_support import prompt_of, request
 from fake_backend import FakeBackend, FakeLink, continuation
 
 from swarmcpp.core import GenerateRequest, Rows, SamplingParams
@@ -597,12 +597,3 @@ def test_running_slots_stay_together_and_idle_ones_keep_what_they_have(fake_node
     for serial in (3, 4, 5, 6):
         wanted = request(prompt_of(100, serial), 60)
         assert shared.tokens(serial) == continuation(wanted, 60, 97)[: len(shared.tokens(serial))]
-
-
-def test_the_rig_of_the_other_tests_still_reuses_nothing(tmp_path: Path) -> None:
-    rig = make_rig(FakeBackend(n_ctx=N_CTX), tmp_path / "abort")
-    for serial in (1, 2):
-        rig.submit(serial, request(COMMON, 3, sampling=GREEDY))
-        rig.run()
-    assert rig.fake.rows() == 2 * (256 + 2)
-    rig.abort.close()
