@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -240,6 +241,9 @@ def bench(
 
 def main() -> None:
     """The program. An error that swarmcpp raises on purpose is one line on standard error and exit code 2."""
+    if sys.stdin is not None and sys.stdin.isatty():
+        # A parent that ignores Ctrl-C (nohup, a background job) hands that down; at a terminal it is meant for us.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app()
     except SwarmError as error:
