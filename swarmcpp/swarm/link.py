@@ -62,13 +62,14 @@ class NodeLink:
         if not zmq.has("ipc"):
             return None
         # Short on purpose: a Unix socket path holds about 100 characters, and TMPDIR may be most of them.
-        directory = tempfile.TemporaryDirectory(prefix="swarmcpp-", ignore_cleanup_errors=True)
-        path = Path(directory.name) / "engine"
-        if len(os.fsencode(path)) > zmq.IPC_PATH_MAX_LEN:
+        for parent in (None, "/tmp"):
+            directory = tempfile.TemporaryDirectory(prefix="swarmcpp-", dir=parent, ignore_cleanup_errors=True)
+            path = Path(directory.name) / "engine"
+            if len(os.fsencode(path)) <= zmq.IPC_PATH_MAX_LEN:
+                self._directory = directory
+                return f"ipc://{path}"
             directory.cleanup()
-            return None
-        self._directory = directory
-        return f"ipc://{path}"
+        return None
 
     async def receive(self) -> FromEngine:
         """The engine's next message. Raises WireError on a frame that is none."""
