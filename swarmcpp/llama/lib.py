@@ -53,11 +53,6 @@ def recent_errors() -> str:
     return text
 
 
-def library_path() -> Path:
-    """The directory of the llama.cpp libraries that are loaded."""
-    return Path(c.__file__).parent / "lib"
-
-
 def version() -> str:
     """Version of the llama-cpp-python package whose llama.cpp is loaded."""
     from importlib.metadata import version as package_version
