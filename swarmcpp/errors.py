@@ -21,8 +21,13 @@
     │   ├── BadConfig                   a value, its key and where it came from
     │   ├── NotEnoughMemory             what is needed, what is free
     │   ├── PortInUse                   address, and how to choose another
-    │   └── DownloadFailed              URL, and what to do about it
+    │   ├── DownloadFailed              URL, and what to do about it
+    │   ├── BadToken                    text that is no join token, or one of another swarm
+    │   └── SwarmUnreachable            whom was tried, and what to check
     ├── SnapshotError              500  snapshot             KV state or a block that is not what it should be
+    ├── PeerError                  502  peer                 another node of the swarm failed this one
+    │   ├── PeerLost               502  peer_lost            the link broke, or the peer ended
+    │   └── PeerTimeout            502  peer_timeout         it did not answer in time
     └── WireError                  502  wire                 a message that cannot be decoded or is over its limit
 
 A class carries its HTTP status and wire code, so that each is mapped once and nowhere else.
@@ -153,8 +158,29 @@ class DownloadFailed(StartupError):
     code = "download_failed"
 
 
+class BadToken(StartupError):
+    code = "bad_token"
+
+
+class SwarmUnreachable(StartupError):
+    code = "swarm_unreachable"
+
+
 class SnapshotError(SwarmError):
     code = "snapshot"
+
+
+class PeerError(SwarmError):
+    status = 502
+    code = "peer"
+
+
+class PeerLost(PeerError):
+    code = "peer_lost"
+
+
+class PeerTimeout(PeerError):
+    code = "peer_timeout"
 
 
 class WireError(SwarmError):

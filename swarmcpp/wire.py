@@ -1,4 +1,4 @@
-"""The messages that processes exchange, their codec, version and size limit. The only user of msgspec's codec.
+"""The messages between a node and its engine, and the codec of all messages. The only user of msgspec's codec.
 
 A frame is one version byte, then a msgpack-encoded tagged union. Unknown fields of known messages are ignored, so a
 newer peer may add some; an unknown message, version or oversized frame is a WireError. Tensors never travel inside a
@@ -7,7 +7,7 @@ message: they are raw frames beside it.
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -154,33 +154,48 @@ ToEngine = Load | UseArena | Submit | StoreBlocks | Cancel | Stop
 FromEngine = LoadProgress | Ready | Fault | StepOut | BlocksFull | BlocksStored
 Message = ToEngine | FromEngine
 
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Message)
+Sent = TypeVar("Sent")
 
 
-def encode(message: Message) -> bytes:
-    """One frame. Raises WireError when it would exceed MAX_FRAME, or holds what msgpack cannot carry."""
-    try:
-        frame = bytes((VERSION,)) + _encoder.encode(message)
-    except (UnicodeEncodeError, OverflowError) as error:
-        # A lone surrogate, or an integer beyond 64 bits.
-        raise WireError(f"cannot encode a {type(message).__name__} message: {error}") from error
-    if len(frame) > MAX_FRAME:
-        raise WireError(f"a {type(message).__name__} message of {len(frame)} bytes exceeds the limit of {MAX_FRAME}")
-    return frame
+class Codec(Generic[Sent]):
+    """Frames of one union of messages: a version byte, then msgpack."""
+
+    def __init__(self, union: Any, version: int, max_frame: int) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[Sent] = msgspec.msgpack.Decoder(union)
+        self._version = version
+        self._max_frame = max_frame
+
+    def encode(self, message: Sent) -> bytes:
+        """One frame. Raises WireError when it would exceed the limit, or holds what msgpack cannot carry."""
+        try:
+            frame = bytes((self._version,)) + self._encoder.encode(message)
+        except (UnicodeEncodeError, OverflowError) as error:
+            # A lone surrogate, or an integer beyond 64 bits.
+            raise WireError(f"cannot encode a {type(message).__name__} message: {error}") from error
+        if len(frame) > self._max_frame:
+            raise WireError(
+                f"a {type(message).__name__} message of {len(frame)} bytes exceeds the limit of {self._max_frame}"
+            )
+        return frame
+
+    def decode(self, frame: bytes) -> Sent:
+        """The message in `frame`. Raises WireError on anything else than a complete message of this version."""
+        if not frame or len(frame) > self._max_frame:
+            raise WireError(f"a frame of {len(frame)} bytes is outside 1..{self._max_frame}")
+        if frame[0] != self._version:
+            raise WireError(
+                f"protocol version {frame[0]} where {self._version} is spoken; run the same swarmcpp on both sides"
+            )
+        try:
+            return self._decoder.decode(memoryview(frame)[1:])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise WireError(" ".join(f"cannot decode a message: {error}".split())) from error
 
 
-def decode(frame: bytes) -> Message:
-    """The message in `frame`. Raises WireError on anything else than a complete message of this version."""
-    if not frame or len(frame) > MAX_FRAME:
-        raise WireError(f"a frame of {len(frame)} bytes is outside 1..{MAX_FRAME}")
-    if frame[0] != VERSION:
-        raise WireError(f"protocol version {frame[0]} where {VERSION} is spoken; run the same swarmcpp on both sides")
-    try:
-        message: Message = _decoder.decode(memoryview(frame)[1:])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError(" ".join(f"cannot decode a message: {error}".split())) from error
-    return message
+_codec: Codec[Message] = Codec(Message, VERSION, MAX_FRAME)
+encode = _codec.encode
+decode = _codec.decode
 
 
 class EngineLink(Protocol):

@@ -1,0 +1,216 @@
+"""The messages between nodes. Requests go to a peer's ROUTER, each with an id; replies carry the id of their request.
+
+On the socket a request or reply is a list of frames: 8 bytes of id, one message, and raw payload frames beside it.
+Gossip is one frame on a node's PUB socket. Sizes are bounded here, and checked again where they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Annotated, Final, Protocol
+
+import msgspec
+from msgspec import Meta
+
+from swarmcpp.core import GenerateRequest
+from swarmcpp.peers import Address, Capability, Load, TokenPart
+from swarmcpp.wire import Codec
+
+PROTOCOL: Final = 1
+"""First byte of every frame. A Hello also tells the range that a node speaks, which old and new nodes agree on."""
+
+MAX_MESSAGE: Final = 4 << 20
+"""Bytes of one message. A prompt takes 3 bytes a token, 5 at most: longer ones than this are not delegated."""
+
+MAX_PAYLOAD: Final = 64 << 20
+"""Bytes of one raw frame: a block of 1,024 tokens of a model with 64 KiB of KV a token."""
+
+MAX_FRAMES: Final = 64
+"""Raw frames beside one message."""
+
+MAX_IDS: Final = 4096
+"""Block ids in one message."""
+
+BlockId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Ids = Annotated[tuple[BlockId, ...], Meta(max_length=MAX_IDS)]
+Text = Annotated[str, Meta(max_length=1000)]
+
+
+# -- requests ------------------------------------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """First on every link. Answered by Welcome."""
+
+    lowest: int
+    highest: int
+    """Protocol versions that the sender speaks."""
+    capability: Capability
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Answered by Pong with `reply_bytes` of payload (0 to 1 MiB): measures round trip and rate of a link."""
+
+    reply_bytes: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
+
+
+class Generate(msgspec.Struct, frozen=True, tag="generate"):
+    """Run a whole request. Answered by Parts, KeepAlive in between, ended by the Part with `finish` or a Failure."""
+
+    request: GenerateRequest
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Nobody waits for the replies to the request of this id any more. Never answered."""
+
+
+class FetchBlocks(msgspec.Struct, frozen=True, tag="fetch-blocks"):
+    """Blocks by id, in the order of their chain. Answered by Blocks with those from the first that could be had within
+    `budget_s` at the server, at least none."""
+
+    root: Digest
+    ids: Ids
+    encoding: Annotated[str, Meta(pattern="^(f16|q8_0)$")]
+    budget_s: Annotated[float, Meta(ge=0.0, le=60.0)]
+
+
+class ListBlocks(msgspec.Struct, frozen=True, tag="list-blocks"):
+    """All block ids of a root, in pages: those after `after` in byte order. Answered by BlockPage."""
+
+    root: Digest
+    after: bytes = b""
+
+
+class GetManifest(msgspec.Struct, frozen=True, tag="get-manifest"):
+    """What a model's files are made of. Answered by ManifestReply with the manifest as payload."""
+
+    fingerprint: Digest
+
+
+class GetChunk(msgspec.Struct, frozen=True, tag="get-chunk"):
+    """A chunk of a model's files, counted over all of them. Answered by ChunkReply with the bytes as payload."""
+
+    fingerprint: Digest
+    index: Annotated[int, Meta(ge=0, le=2**32)]
+
+
+# -- replies -------------------------------------------------------------------------------------------------------
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """The answer to Hello: the version to speak, who answers, and whom else it knows."""
+
+    protocol: int
+    capability: Capability
+    peers: Annotated[tuple[Address, ...], Meta(max_length=1024)] = ()
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """The answer to Ping."""
+
+
+class Part(msgspec.Struct, frozen=True, tag="part"):
+    """Some tokens of a Generate."""
+
+    part: TokenPart
+
+
+class KeepAlive(msgspec.Struct, frozen=True, tag="keep-alive"):
+    """Nothing to tell yet, but still at work."""
+
+
+class Blocks(msgspec.Struct, frozen=True, tag="blocks"):
+    """The first len(digests) blocks that were asked for; payload: one frame each. `digests`: BLAKE3 of each frame."""
+
+    digests: Annotated[tuple[Digest, ...], Meta(max_length=MAX_FRAMES)]
+
+
+class BlockPage(msgspec.Struct, frozen=True, tag="block-page"):
+    """Ids in byte order; `sequence` is that of the last gossip whose changes they contain; `more` follow."""
+
+    ids: Ids
+    sequence: int
+    more: bool
+
+
+class ManifestReply(msgspec.Struct, frozen=True, tag="manifest"):
+    """Beside it: the manifest's bytes, whose BLAKE3 is the fingerprint."""
+
+
+class ChunkReply(msgspec.Struct, frozen=True, tag="chunk"):
+    """Beside it: the chunk's bytes, whose BLAKE3 is in the manifest."""
+
+
+class Failure(msgspec.Struct, frozen=True, tag="failure"):
+    """A request failed; `code` is a wire code of swarmcpp.errors."""
+
+    code: Text
+    message: Text
+    retry_after: float = 0.0
+
+
+# -- gossip --------------------------------------------------------------------------------------------------------
+
+
+class Alive(msgspec.Struct, frozen=True, tag="alive"):
+    """A heartbeat with the load."""
+
+    load: Load
+
+
+class PrefixCacheAnnounce(msgspec.Struct, frozen=True, tag="blocks-changed"):
+    """Blocks of `root` that the sender's arena gained and lost since its last announcement."""
+
+    root: Digest
+    added: Ids = ()
+    dropped: Ids = ()
+
+
+class Leaving(msgspec.Struct, frozen=True, tag="leaving"):
+    """The sender ends in order."""
+
+
+class NodeCapability(msgspec.Struct, frozen=True, tag="capability"):
+    """All that a node says of itself."""
+
+    capability: Capability
+
+
+class Gossip(msgspec.Struct, frozen=True, tag="gossip"):
+    """One piece of news. `sequence` rises by one with each message of a boot: no rise is a replay, a gap a loss."""
+
+    node: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+    boot: int
+    sequence: int
+    news: Alive | PrefixCacheAnnounce | Leaving | NodeCapability
+
+
+Ask = Hello | Ping | Generate | Cancel | FetchBlocks | ListBlocks | GetManifest | GetChunk
+Reply = Welcome | Pong | Part | KeepAlive | Blocks | BlockPage | ManifestReply | ChunkReply | Failure
+PeerMessage = Ask | Reply | Gossip
+
+_codec: Codec[PeerMessage] = Codec(PeerMessage, PROTOCOL, MAX_MESSAGE)
+encode = _codec.encode
+decode = _codec.decode
+
+
+class Caller(Protocol):
+    """Requests to one peer over its link. Used on the event loop's thread."""
+
+    async def ask(
+        self, message: Ask, payload: Sequence[bytes] = (), *, timeout_s: float
+    ) -> tuple[Reply, list[memoryview]]:
+        """The one reply to `message` with its raw frames.
+
+        Raises PeerTimeout, PeerLost (the link broke), QueueFull (too many requests are under way), WireError, or the
+        error that the peer answered with.
+        """
+        ...
+
+    def stream(self, message: Ask, *, silence_s: float) -> AsyncGenerator[Reply, None]:
+        """All replies to `message`, ended by the peer. Closing it early tells the peer to cancel.
+
+        Raises PeerTimeout after `silence_s` without any reply, PeerLost, WireError, or what the peer answered with.
+        """
+        ...
