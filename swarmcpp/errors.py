@@ -27,7 +27,8 @@
     ├── SnapshotError              500  snapshot             KV state or a block that is not what it should be
     ├── PeerError                  502  peer                 another node of the swarm failed this one
     │   ├── PeerLost               502  peer_lost            the link broke, or the peer ended
-    │   └── PeerTimeout            502  peer_timeout         it did not answer in time
+    │   ├── PeerTimeout            502  peer_timeout         it did not answer in time
+    │   └── IdentityTaken          502  identity_taken       two nodes have the same keys
     └── WireError                  502  wire                 a message that cannot be decoded or is over its limit
 
 A class carries its HTTP status and wire code, so that each is mapped once and nowhere else.
@@ -181,6 +182,10 @@ class PeerLost(PeerError):
 
 class PeerTimeout(PeerError):
     code = "peer_timeout"
+
+
+class IdentityTaken(PeerError):
+    code = "identity_taken"
 
 
 class WireError(SwarmError):
