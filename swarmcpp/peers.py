@@ -115,6 +115,10 @@ class Capability:
     blocks: int = 0
     """Blocks in its arena."""
     observed_latencies: tuple[ObservedLatency, ...] = ()
+    heartbeat_s: float = 1.0
+    """The longest that it keeps silent, in seconds."""
+    sequence: int = 0
+    """That of its last gossip when it said this, so that what was said later is told from what arrives later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +131,8 @@ class TokenPart:
     tier: str = ""
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    fetch_s: float = 0.0
+    """Seconds spent on fetching blocks from peers."""
 
 
 class Host(Protocol):

@@ -135,7 +135,7 @@ class BlockPage(msgspec.Struct, frozen=True, tag="block-page"):
 
 
 class ManifestReply(msgspec.Struct, frozen=True, tag="manifest"):
-    """Beside it: the manifest's bytes, whose BLAKE3 is the fingerprint."""
+    """Beside it: the manifest's bytes, whose `Manifest.fingerprint` is what was asked for."""
 
 
 class ChunkReply(msgspec.Struct, frozen=True, tag="chunk"):
