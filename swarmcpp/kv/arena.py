@@ -15,7 +15,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,10 +26,11 @@ from swarmcpp.files import read_at, read_into, try_lock, write_at
 
 logger = logging.getLogger(__name__)
 
-MAGIC = b"SWARMKV\x01"
+MAGIC = b"SWARMKV\x02"
 PAGE = 4096
 _HEADER = struct.Struct("<8sQQ32s")
-_ENTRY = struct.Struct("<32s32s32sQ16s")
+_CHECK_BYTES = 15
+_ENTRY = struct.Struct(f"<32s32s32sQB{_CHECK_BYTES}s")
 _NO_KEY = bytes(32)
 _BINARY = getattr(os, "O_BINARY", 0)
 DIGEST_BYTES = 32
@@ -44,13 +45,15 @@ MAX_ARENAS = 8
 
 @dataclass(frozen=True, slots=True)
 class StoredBlock:
-    """An entry of the table. `digest` is the BLAKE3 of the payload; `tick` orders entries by last use."""
+    """An entry of the table. `digest` is the BLAKE3 of the payload; `tick` orders entries by last use; `exact` says
+    that the payload is what the model computes, bit by bit, and not what a quantised copy of it became."""
 
     slot: int
     key: bytes
     parent: bytes
     digest: bytes
     tick: int
+    exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,18 +228,31 @@ class Arena:
 
     def write(self, slot: int, payload: bytes | memoryview) -> None:
         """Put a payload into a slot whose entry was erased. Raises OSError (a full disk, say)."""
-        write_at(self._fd, payload, self.geometry.offset(slot))
+        with self._descriptor() as fd:
+            write_at(fd, payload, self.geometry.offset(slot))
 
     def enter(self, block: StoredBlock) -> None:
         """Enter a block whose payload is in its slot. Raises OSError; the slot is then as good as empty."""
-        check = _check(block.slot, block.key, block.parent, block.digest)
-        entry = _ENTRY.pack(block.key, block.parent, block.digest, block.tick, check)
+        check = _check(block.slot, block.key, block.parent, block.digest, block.exact)
+        entry = _ENTRY.pack(block.key, block.parent, block.digest, block.tick, block.exact, check)
         with self._lock:
             write_at(self._fd, entry, PAGE + block.slot * _ENTRY.size)
 
     def read(self, slot: int) -> bytes:
-        """A payload as it is in the file; shorter than a block when the file was cut."""
-        return read_at(self._fd, self.geometry.block_bytes, self.geometry.offset(slot))
+        """A payload as it is in the file; shorter than a block when the file was cut. Raises OSError."""
+        with self._descriptor() as fd:
+            return read_at(fd, self.geometry.block_bytes, self.geometry.offset(slot))
+
+    @contextmanager
+    def _descriptor(self) -> Iterator[int]:
+        # One of its own: payloads take long, and the number of a descriptor that `close` closes meanwhile may be
+        # another file's before the payload is through.
+        with self._lock:
+            fd = os.dup(self._fd)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def erase(self, slot: int) -> None:
         """Forget a block, as must be done before its slot is written again; its bytes stay until then."""
@@ -315,10 +331,10 @@ def read_header(path: Path) -> tuple[ArenaGeometry, bytes] | None:
 
 def _sound_entries(table: bytes) -> Iterator[StoredBlock]:
     for slot in range(len(table) // _ENTRY.size):
-        key, parent, digest, tick, check = _ENTRY.unpack_from(table, slot * _ENTRY.size)
-        if key != _NO_KEY and check == _check(slot, key, parent, digest):
+        key, parent, digest, tick, exact, check = _ENTRY.unpack_from(table, slot * _ENTRY.size)
+        if key != _NO_KEY and check == _check(slot, key, parent, digest, exact)[:_CHECK_BYTES]:
             # No check covers a tick, which changes with every use. A damaged one must leave room to count on.
-            yield StoredBlock(slot, key, parent, digest, tick if tick <= MAX_TICK else 0)
+            yield StoredBlock(slot, key, parent, digest, tick if tick <= MAX_TICK else 0, bool(exact))
 
 
 def read_label(path: Path) -> str:
@@ -332,9 +348,9 @@ def read_label(path: Path) -> str:
     return page[LABEL_AT + 2 : LABEL_AT + 2 + min(length, MAX_LABEL)].decode("utf-8", "replace")
 
 
-def _check(slot: int, key: bytes, parent: bytes, digest: bytes) -> bytes:
+def _check(slot: int, key: bytes, parent: bytes, digest: bytes, exact: int) -> bytes:
     # With the slot: an entry that was copied elsewhere in the table is not sound there.
-    return blake3(slot.to_bytes(8, "little") + key + parent + digest).digest()[:16]
+    return blake3(slot.to_bytes(8, "little") + key + parent + digest + bytes((exact,))).digest()
 
 
 def _try_lock(path: Path) -> BinaryIO | None:

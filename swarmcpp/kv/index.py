@@ -1,7 +1,8 @@
 """What blocks there are and which one goes next: a forest of chains in memory, pure of files and clocks.
 
 A block is useful only together with the blocks before it, so eviction takes leaves: blocks that no stored block
-continues. Among leaves it takes the one of least use, oldest first.
+continues. Among leaves it takes the one of least use, oldest first; copies of what peers have go before all others, so
+that the arenas of a swarm hold more than one of them does.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ class Block:
     """Its payload is in the arena; until then it holds a slot and is not found."""
     finite: bool = False
     """Values of this digest were found finite."""
+    exact: bool = True
+    """See `arena.StoredBlock`."""
+    copy: bool = False
+    """A peer has it too: it goes before all that only this node has."""
 
 
 class BlockIndex:
@@ -42,7 +47,7 @@ class BlockIndex:
         self._n_slots = n_slots
         self._max_entries = max_entries
         self._leaves = 0
-        self._heap: list[tuple[int, bytes]] = []
+        self._heap: list[tuple[bool, int, bytes]] = []
         self.tick = 0
         self.evictions = 0
 
@@ -80,11 +85,11 @@ class BlockIndex:
             block.uses = min(block.uses + 1, MAX_USES)
             self._offer(block)
 
-    def load(self, key: bytes, parent: bytes, slot: int, digest: bytes, tick: int) -> Block | None:
+    def load(self, key: bytes, parent: bytes, slot: int, digest: bytes, tick: int, exact: bool = True) -> Block | None:
         """Take over a block that an earlier run stored; None when its key is there twice."""
         if key in self._blocks:
             return None
-        block = Block(key, parent, slot, digest, tick)
+        block = Block(key, parent, slot, digest, tick, exact=exact)
         self._blocks[key] = block
         self.tick = max(self.tick, tick)
         return block
@@ -123,7 +128,7 @@ class BlockIndex:
             dropped.append(victim)
         return dropped
 
-    def reserve(self, key: bytes, parent: bytes) -> tuple[Block | None, list[Block]]:
+    def reserve(self, key: bytes, parent: bytes, *, copy: bool = False) -> tuple[Block | None, list[Block]]:
         """Make room for a block and enter it, not ready and pinned: (block, what was evicted for it).
 
         None when it is there already, when its parent is not, or when every slot is pinned.
@@ -145,7 +150,7 @@ class BlockIndex:
             if above:
                 above.pins -= 1
         self.tick += 1
-        block = Block(key, parent, self._free.pop(), b"", self.tick, pins=1, ready=False)
+        block = Block(key, parent, self._free.pop(), b"", self.tick, pins=1, ready=False, copy=copy)
         self._blocks[key] = block
         if above:
             self._leaves -= above.children == 0
@@ -158,6 +163,11 @@ class BlockIndex:
         """Whether one more block after `above` makes a chain too many; what is evicted may change that."""
         grows = above is None or above.children > 0
         return bool(self._max_entries) and grows and self._leaves >= self._max_entries
+
+    def reopen(self, block: Block) -> None:
+        """Let a block that nobody reads be written again in its place: it is as `reserve` leaves a new one."""
+        block.ready, block.finite = False, False
+        block.pins += 1
 
     def commit(self, block: Block, digest: bytes) -> None:
         """The payload of a reserved block is in the arena."""
@@ -182,22 +192,23 @@ class BlockIndex:
 
     def _offer(self, block: Block) -> None:
         if not block.children:
-            heapq.heappush(self._heap, (block.tick, block.key))
+            heapq.heappush(self._heap, (not block.copy, block.tick, block.key))
             if len(self._heap) > 4 * len(self._blocks) + 1024:
-                self._heap = [(each.tick, each.key) for each in self._blocks.values() if not each.children]
+                leaves = (each for each in self._blocks.values() if not each.children)
+                self._heap = [(not each.copy, each.tick, each.key) for each in leaves]
                 heapq.heapify(self._heap)
 
     def _evict(self) -> Block | None:
         """Drop the least useful leaf; None when every leaf is pinned."""
-        pinned: list[tuple[int, bytes]] = []
+        pinned: list[tuple[bool, int, bytes]] = []
         victim: Block | None = None
         while self._heap and victim is None:
-            tick, key = heapq.heappop(self._heap)
+            only_here, tick, key = heapq.heappop(self._heap)
             block = self._blocks.get(key)
-            if block is None or block.tick != tick or block.children:
+            if block is None or block.tick != tick or block.copy is only_here or block.children:
                 continue
             if block.pins:
-                pinned.append((tick, key))
+                pinned.append((only_here, tick, key))
             elif block.uses:
                 # Asked for again since it came up last: it goes round once more for each use.
                 block.uses -= 1

@@ -391,7 +391,7 @@ def reheaded(data: bytes, magic: bytes, block_bytes: int, n_blocks: int, identit
 @pytest.mark.parametrize(
     "header",
     [
-        (b"SWARMKV\x02", BLOCK_BYTES, 16, IDENTITY.root()),
+        (b"SWARMKV\x01", BLOCK_BYTES, 16, IDENTITY.root()),
         (arena_module.MAGIC, BLOCK_BYTES, 16, KvIdentity(bytes(32), 64, (1, 1)).root()),
         (arena_module.MAGIC, BLOCK_BYTES + 2, 16, IDENTITY.root()),
         (arena_module.MAGIC, 0, 16, IDENTITY.root()),

@@ -1,0 +1,121 @@
+"""KV on the wire at about half its size: F16 values as ggml's Q8_0 and back, computed by ggml itself.
+
+Q8_0, as `block_q8_0` in ggml-common.h: for each 32 values an F16 scale, the largest magnitude over 127, and 32 int8.
+The rows of a block of KV lie one after another and their sizes are multiples of 32 values in every common model, so a
+payload is quantised as one row.
+
+The vectorised conversions of ggml-cpu are used, not the portable ones of ggml-base (`ggml_fp16_to_fp32_row`,
+`ggml_quantize_chunk`), which are 10 to 30 times slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+from llama_cpp._ctypes_extensions import load_shared_library
+from llama_cpp._ggml import libggml_base_path
+
+from swarmcpp._native import all_finite_f16
+from swarmcpp.errors import SnapshotError
+from swarmcpp.llama.lib import start
+
+QK8_0 = 32
+"""Values that share a scale."""
+
+F16_BYTES = 2 * QK8_0
+Q8_0_BYTES = 2 + QK8_0
+
+_GGML_TYPE_Q8_0 = 8
+_SCALE_MAX = 516.0
+"""The scale of 65504, the largest half: 65504 / 127 in F16."""
+
+_SCALE_SAFE = 511.0
+"""Up to this scale no value leaves the range of F16: 128 * 511 < 65504."""
+
+_PIECE = 1 << 16
+"""Values at a time: 256 KiB of F32 stay in a core's cache, where a whole block would go to memory and back."""
+
+_Convert = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+class _Ggml:
+    """The four conversions. Each takes (source address, target address, number of values) and runs without the GIL."""
+
+    def __init__(self) -> None:
+        # Loads the CPU backend, which fills the tables that these functions use where F16C is missing.
+        start()
+        base = load_shared_library("ggml-base", libggml_base_path)
+        cpu = load_shared_library("ggml-cpu", libggml_base_path)
+        self.f16_to_f32 = _Convert(("ggml_cpu_fp16_to_fp32", cpu))
+        self.f32_to_f16 = _Convert(("ggml_cpu_fp32_to_fp16", cpu))
+        self.q8_0_to_f32 = _Convert(("dequantize_row_q8_0", base))
+        # By its table and not by its name, which is not part of ggml's interface.
+        traits = cpu.ggml_get_type_traits_cpu
+        traits.argtypes, traits.restype = [ctypes.c_int], ctypes.POINTER(ctypes.c_void_p)
+        # The first member of ggml_type_traits_cpu: from_float.
+        self.f32_to_q8_0 = _Convert(traits(_GGML_TYPE_Q8_0)[0])
+
+
+_ggml = cache(_Ggml)
+
+
+def quantise(payload: bytes | memoryview) -> bytes:
+    """F16 values as Q8_0, 34/64 of the size. Thread-safe.
+
+    Raises ValueError when the values are not a multiple of 32 in number (ship them as they are), and SnapshotError when
+    one is not finite.
+    """
+    source = np.frombuffer(payload, np.uint8) if memoryview(payload).nbytes else np.empty(0, np.uint8)
+    if source.size % F16_BYTES:
+        raise ValueError(f"{source.size} bytes of KV are no multiple of {F16_BYTES}; Q8_0 cannot carry them")
+    if not all_finite_f16(source):
+        raise SnapshotError("values that are not finite cannot be quantised")
+    n_values = source.size // 2
+    target = np.empty(n_values // QK8_0 * Q8_0_BYTES, np.uint8)
+    rows = np.empty(min(n_values, _PIECE), np.float32)
+    ggml = _ggml()
+    for at in range(0, n_values, _PIECE):
+        count = min(_PIECE, n_values - at)
+        ggml.f16_to_f32(source.ctypes.data + 2 * at, rows.ctypes.data, count)
+        ggml.f32_to_q8_0(rows.ctypes.data, target.ctypes.data + at // QK8_0 * Q8_0_BYTES, count)
+    return target.tobytes()
+
+
+def dequantise(data: bytes | memoryview, size: int) -> bytes:
+    """`size` bytes of F16 values, all finite, from Q8_0. Thread-safe.
+
+    Raises SnapshotError when `data` is not of the size that Q8_0 has for it, or has a scale that no F16 values give.
+    """
+    wire_bytes = memoryview(data).nbytes
+    if size % F16_BYTES or wire_bytes != size // F16_BYTES * Q8_0_BYTES:
+        raise SnapshotError(f"{wire_bytes} bytes of Q8_0 for {size} bytes of F16")
+    if not size:
+        return b""
+    source = np.frombuffer(data, np.uint8)
+    largest = _largest_scale(source)
+    # Written so that a NaN does not pass.
+    if not largest <= _SCALE_MAX:
+        raise SnapshotError(f"a Q8_0 scale of {largest} where F16 values give at most {_SCALE_MAX}")
+    n_values = size // 2
+    target = np.empty(size, np.uint8)
+    rows = np.empty(min(n_values, _PIECE), np.float32)
+    ggml = _ggml()
+    for at in range(0, n_values, _PIECE):
+        count = min(_PIECE, n_values - at)
+        ggml.q8_0_to_f32(source.ctypes.data + at // QK8_0 * Q8_0_BYTES, rows.ctypes.data, count)
+        if largest > _SCALE_SAFE:
+            # A scale that was rounded up takes the largest half beyond itself.
+            np.clip(rows, -65504.0, 65504.0, out=rows)
+        ggml.f32_to_f16(rows.ctypes.data, target.ctypes.data + 2 * at, count)
+    return target.tobytes()
+
+
+def _largest_scale(source: npt.NDArray[np.uint8]) -> float:
+    """The largest magnitude of a scale, NaN if one is."""
+    # As integers, which compare much faster than halves: without their sign halves have the order of their bits, and
+    # infinity and NaN come last.
+    scales = source.reshape(-1, Q8_0_BYTES)[:, :2].copy().view("<u2")
+    return float(np.array(int((scales & 0x7FFF).max()), "<u2").view("<f2"))
