@@ -1,0 +1,148 @@
+"""Blocks of a prompt from peers: who has them, and whether that is faster than computing them.
+
+Whatever peers do, a fetch ends in time and with blocks that passed every check, or with none: a clean miss. It never
+raises for what a peer did.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from swarmcpp.peers import NodeId
+from swarmcpp.swarm.fetchcontext import FetchContext, Store
+from swarmcpp.swarm.fetchrun import FetchRun
+from swarmcpp.swarm.shipping import LONGEST_S, Encoding, Shipment, ShipPlan, Source, decide
+from swarmcpp.telemetry import diag
+
+logger = logging.getLogger(__name__)
+
+MAX_SOURCES: Final = 4
+"""Peers that share a run from its start; others step in for what none of these has."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixQuery:
+    """`keys` are those of the prompt's usable full blocks, the first `have` of which are here already.
+
+    `queue_s`: how long the local engine is busy with others anyway; `deadline_s`: what is left of the request's time.
+    """
+
+    root: bytes
+    keys: Sequence[bytes]
+    have: int
+    block_bytes: int
+    block_tokens: int
+    prefill_tps: float = 0.0
+    queue_s: float = 0.0
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FetchResult:
+    """`blocks` were stored after those that were there; `sources[i]` sent the i-th of them. `bytes` came in all.
+
+    `reason` says why not more: empty when all came that trusted peers have.
+    """
+
+    blocks: int
+    bytes: int
+    seconds: float
+    reason: str
+    sources: tuple[NodeId, ...] = ()
+    encoding: Encoding = "f16"
+
+
+async def fetch_prefix(context: FetchContext, query: PrefixQuery, store: Store) -> FetchResult:
+    """Bring the missing blocks of a prompt from peers into `store`, in order, when that is worth the time."""
+    begun = context.clock()
+    ids = [context.block_id(key) for key in query.keys[query.have :]]
+    held = _held(context, query.root, ids)
+    if not held:
+        return _missed(context, "off" if context.settings.trust_min > 1 else "no-holder", begun)
+    peers = _best(context, held)
+    what = Shipment(
+        n_blocks=len(held),
+        block_bytes=query.block_bytes,
+        block_tokens=query.block_tokens,
+        prefill_tps=query.prefill_tps,
+        queue_s=query.queue_s,
+        limit_s=LONGEST_S if query.deadline_s is None else query.deadline_s,
+        own_bytes_per_s=context.links.own_bytes_per_s(),
+    )
+    plan = decide(what, _sources(context, held, peers), context.settings.kv_wire)
+    if not plan.n_blocks:
+        return _missed(context, plan.reason, begun, ship_s=plan.ship_s, compute_s=plan.compute_s)
+    n = plan.n_blocks
+    run = FetchRun(context, query.root, query.have, ids[:n], held[:n], what, plan, store)
+    reason = "cancelled"
+    try:
+        reason = await run.drive(peers)
+    finally:
+        await run.end(slow=reason in ("overtaken", "timed-out"))
+    result = FetchResult(run.stored, run.received, context.clock() - begun, reason, tuple(run.sources), plan.encoding)
+    _tell(context, query, plan, result)
+    for peer in set(run.sources) - run.wrong:
+        context.trust.ok(peer)
+    return result
+
+
+def _held(context: FetchContext, root: bytes, ids: Sequence[bytes]) -> list[set[NodeId]]:
+    """Peers that are trusted, reachable and hold a block, for the leading run of `ids` that has any."""
+    minimum = context.settings.trust_min
+    held: list[set[NodeId]] = []
+    if not ids or minimum > 1:
+        return held
+    usable: dict[NodeId, bool] = {}
+    for (found, peers), block in zip(context.holders.holders(root, ids), ids, strict=False):
+        for peer in peers:
+            if peer not in usable:
+                usable[peer] = context.trust.trusted(peer, minimum) and context.callers(peer) is not None
+        able = {peer for peer in peers if usable[peer]}
+        if found != block or not able:
+            break
+        held.append(able)
+    return held
+
+
+def _best(context: FetchContext, held: Sequence[set[NodeId]]) -> list[NodeId]:
+    """Who is asked first: by trust, then rate. Others are asked for what these do not have or fail to send."""
+    rate = context.links.bytes_per_s
+    order = sorted(set().union(*held), key=lambda peer: (-context.trust.score(peer), -rate(peer), peer))
+    # A slow peer that is given the next blocks of the run would hold up all that others send after them.
+    fastest = max(rate(peer) for peer in order)
+    return [peer for peer in order if rate(peer) >= fastest / 4][:MAX_SOURCES]
+
+
+def _sources(context: FetchContext, held: Sequence[set[NodeId]], peers: Sequence[NodeId]) -> list[Source]:
+    """What peers add to the rate: who has half of the blocks counts half."""
+    counts = Counter(peer for able in held for peer in able)
+    links = context.links
+    return [Source(links.rtt_s(peer), links.bytes_per_s(peer) * counts[peer] / len(held)) for peer in peers]
+
+
+def _missed(context: FetchContext, reason: str, begun: float, **details: float) -> FetchResult:
+    diag(logger, "cross-node prefix MISS", reason=reason, **details)
+    return FetchResult(0, 0, context.clock() - begun, reason)
+
+
+def _tell(context: FetchContext, query: PrefixQuery, plan: ShipPlan, result: FetchResult) -> None:
+    ms = round(1000 * result.seconds, 3)
+    if not result.blocks:
+        diag(logger, "cross-node prefix MISS", reason=result.reason, bytes=result.bytes, ms=ms)
+        return
+    context.links.add_total(result.bytes, result.seconds - plan.rtt_s)
+    diag(
+        logger,
+        "cross-node prefix HIT",
+        peer=",".join(sorted(set(result.sources))),
+        blocks=result.blocks,
+        tokens=result.blocks * query.block_tokens,
+        bytes=result.bytes,
+        ms=ms,
+        encoding=result.encoding,
+        ended=result.reason or None,
+    )

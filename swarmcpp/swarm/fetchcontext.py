@@ -1,0 +1,82 @@
+"""What a fetch of blocks works with: who holds what, how far peers are trusted, where blocks go, and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from swarmcpp.core import Clock
+from swarmcpp.peers import NodeId
+from swarmcpp.peerwire import Caller
+from swarmcpp.swarm.links import LinkBook
+from swarmcpp.swarm.shipping import KvWire
+
+Payload = bytes | memoryview
+
+
+class HolderIndex(Protocol):
+    """Who says to have which blocks."""
+
+    def holders(self, root: bytes, ids: Sequence[bytes]) -> Sequence[tuple[bytes, tuple[NodeId, ...]]]:
+        """Holders of the leading run of `ids` that somebody has."""
+        ...
+
+    def drop(self, root: bytes, ids: Sequence[bytes], peer: NodeId) -> None:
+        """`peer` has not these."""
+        ...
+
+
+class Trust(Protocol):
+    """How far peers are trusted, and what they did."""
+
+    def score(self, peer: NodeId) -> float: ...
+    def trusted(self, peer: NodeId, minimum: float) -> bool: ...
+    def ok(self, peer: NodeId) -> None: ...
+    def late(self, peer: NodeId) -> None: ...
+    def wrong(self, peer: NodeId, why: str) -> None: ...
+
+
+class Store(Protocol):
+    """Where blocks go."""
+
+    async def __call__(self, first: int, payloads: Sequence[Payload], *, exact: bool) -> int:
+        """Store payloads of the prompt's blocks from number `first`, whose predecessors are there.
+
+        Returns how many from `first` are there now. Raises SnapshotError when a payload is not sound.
+        """
+        ...
+
+
+Dequantise = Callable[[Payload, int], bytes]
+"""(Q8_0 frame, bytes of the F16 payload) -> payload. Raises SnapshotError on a frame that is not that."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchSettings:
+    """Time-outs in seconds: the whole fetch, one request on the network, and the peer's own part in it.
+
+    Where a link's rate is known, they grow with what is expected over it: the whole to 1 + 1.5 x the estimate, a
+    request to 2 x (rtt + the bytes under way / rate), the peer's part with the request.
+    A `trust_min` above 1 turns fetching off.
+    """
+
+    kv_wire: KvWire = "auto"
+    trust_min: float = 0.5
+    fetch_s: float = 3.0
+    request_s: float = 2.5
+    server_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class FetchContext:
+    """What fetches of a node work with. `callers` gives the link to a peer, None when there is none."""
+
+    holders: HolderIndex
+    callers: Callable[[NodeId], Caller | None]
+    links: LinkBook
+    trust: Trust
+    dequantise: Dequantise
+    block_id: Callable[[bytes], bytes]
+    settings: FetchSettings
+    clock: Clock
