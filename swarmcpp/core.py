@@ -64,7 +64,7 @@ class Usage:
     completion_tokens: int
     cached_tokens: int = 0
     cached_tier: str = ""
-    """Where they came from: "slot" (still in the engine's memory) or "arena" (blocks on disk)."""
+    """Their source: "slot" (still in the engine's memory), "arena" (blocks on disk) or "peer" (fetched blocks)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,18 @@ class Timings:
     queue_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A request has its first token: where it runs, and the seconds by stage that it took until then."""
+
+    route: str
+    """As users see it: "local", or "peer" and the name of the node."""
+    queue_s: float = 0.0
+    fetch_s: float = 0.0
+    """Waiting for blocks from peers."""
+    prefill_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +108,9 @@ class Done:
     timings: Timings
 
 
-Event = TextEvent | Done
-"""What a stream of a request yields: TextEvents, then exactly one Done. A failure is raised as a SwarmError."""
+Event = Started | TextEvent | Done
+"""What a stream of a request yields: at most one Started, TextEvents, then exactly one Done. A failure is raised as a
+SwarmError."""
 
 
 @dataclass(frozen=True, slots=True)

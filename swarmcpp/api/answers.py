@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 
@@ -10,8 +11,10 @@ from swarmcpp.api import replies
 from swarmcpp.api.metrics import Metrics
 from swarmcpp.api.openai import Query, too_long
 from swarmcpp.api.replies import Choice, ChunkWriter, Head
-from swarmcpp.core import Clock, Done, Event, GenerateRequest, Service, Usage
-from swarmcpp.errors import BadRequest, EngineFailed, NotReady, UnknownModel
+from swarmcpp.core import Clock, Done, Event, GenerateRequest, Service, Started, TextEvent, Usage
+from swarmcpp.errors import BadRequest, Cancelled, EngineFailed, NotReady, SwarmError, UnknownModel
+
+_log = logging.getLogger(__name__)
 
 _EVENTS_PER_CHOICE = 4
 """Events that wait per choice when the client reads slowly; more stay with the service, whose queues are bounded."""
@@ -96,7 +99,7 @@ class Answer:
         texts: list[list[str]] = [[] for _ in self._requests]
         async with aclosing(self._events()) as events:
             async for index, event in events:
-                if not isinstance(event, Done):
+                if isinstance(event, TextEvent):
                     texts[index].append(event.text)
         dones = self._dones()
         choices = [Choice(index, "".join(text), dones[index]) for index, text in enumerate(texts)]
@@ -110,6 +113,8 @@ class Answer:
         started = [False] * len(writers)
         async with aclosing(self._events()) as events:
             async for index, event in events:
+                if isinstance(event, Started):
+                    continue
                 writer = writers[index]
                 data = b"" if started[index] else writer.start()
                 started[index] = True
@@ -124,14 +129,21 @@ class Answer:
             yield replies.usage_chunk(self._head, self._usage(dones))
         yield replies.DONE_EVENT
 
+    def headers(self) -> dict[str, str]:
+        """Where the choices run that have begun by now, and how long the first of them took."""
+        return replies.route_headers([progress.started for progress in self._progress], self._progress[0].done)
+
     async def _events(self) -> AsyncGenerator[tuple[int, Event], None]:
         clock = self._clock
         begin = clock()
+        outcome = SwarmError.code
         try:
             async with aclosing(merge(await self._open())) as merged:
                 async for index, event in merged:
                     progress = self._progress[index]
-                    if isinstance(event, Done):
+                    if isinstance(event, Started):
+                        progress.started = event
+                    elif isinstance(event, Done):
                         progress.done = event
                     elif event.tokens:
                         progress.last = clock()
@@ -140,10 +152,40 @@ class Answer:
                             self._metrics.first_token(progress.first - begin)
                         progress.tokens += len(event.tokens)
                     yield index, event
+            outcome = EngineFailed.code
+        except SwarmError as error:
+            outcome = error.code
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome = Cancelled.code
+            raise
         finally:
-            for progress in self._progress:
-                usage = progress.done.usage if progress.done else None
-                self._metrics.choice(progress.tokens, progress.last - progress.first, usage)
+            for request, progress in zip(self._requests, self._progress, strict=True):
+                self._account(request, progress, begin, "ok" if progress.done else outcome)
+
+    def _account(self, request: GenerateRequest, progress: _Progress, begin: float, outcome: str) -> None:
+        """Count a choice that ended, and say so in one line."""
+        done, started = progress.done, progress.started
+        decode_s = progress.last - progress.first
+        self._metrics.choice(progress.tokens, decode_s, done.usage if done else None)
+        if started:
+            self._metrics.routed(started.route, outcome)
+        times = started or (done.timings if done else None)
+        _log.info(
+            "request %s route=%s queue=%.3fs fetch=%.3fs prefill=%.3fs ttft=%s decode=%.1ftok/s "
+            "prompt=%d cached=%d completion=%d finish=%s",
+            request.id,
+            replies.route_text(started.route).replace(" ", ":") if started else "-",
+            times.queue_s if times else 0.0,
+            started.fetch_s if started else 0.0,
+            times.prefill_s if times else 0.0,
+            f"{progress.first - begin:.3f}s" if progress.tokens else "-",
+            (progress.tokens - 1) / decode_s if decode_s > 0 else 0.0,
+            len(request.prompt),
+            done.usage.cached_tokens if done else 0,
+            progress.tokens,
+            done.reason if done else outcome,
+        )
 
     async def _open(self) -> list[AsyncIterator[Event]]:
         streams: list[AsyncIterator[Event]] = []
@@ -171,12 +213,13 @@ class Answer:
 class _Progress:
     """What one choice has produced; times in seconds of the injected clock."""
 
-    __slots__ = ("done", "first", "last", "tokens")
+    __slots__ = ("done", "first", "last", "started", "tokens")
 
     def __init__(self) -> None:
         self.tokens = 0
         self.first = 0.0
         self.last = 0.0
+        self.started: Started | None = None
         self.done: Done | None = None
 
 

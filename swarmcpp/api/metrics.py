@@ -54,6 +54,13 @@ class Metrics:
             ["tier"],
             registry=self.registry,
         )
+        self._routed = Counter(
+            "swarmcpp_routed_requests",
+            "Choices that had a first token, by where they ran (local or peer) and outcome: ok, cancelled (the client "
+            "left), or an error code.",
+            ("route", "outcome"),
+            registry=self.registry,
+        )
         self._completion = Counter(
             "swarmcpp_completion_tokens", "Tokens generated, also of choices that were cut off.", registry=self.registry
         )
@@ -66,6 +73,10 @@ class Metrics:
     def first_token(self, seconds: float) -> None:
         """Count the first token of a choice."""
         self._ttft.observe(seconds)
+
+    def routed(self, route: str, outcome: str) -> None:
+        """Count the end of a choice that had begun at `route`. A peer's name is no label: there is no end of them."""
+        self._routed.labels("local" if route == "local" else "peer", outcome).inc()
 
     def choice(self, tokens: int, seconds: float, usage: Usage | None) -> None:
         """Count the end of a choice: `tokens` seen, `seconds` from the first to the last, usage when it finished."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from swarmcpp.core import Done, ModelInfo, NodeSnapshot, Usage
+from swarmcpp.core import Done, ModelInfo, NodeSnapshot, Started, Usage
 from swarmcpp.errors import SwarmError
 
 JsonObject = dict[str, Any]
@@ -16,6 +16,9 @@ JsonObject = dict[str, Any]
 DONE_EVENT = b"data: [DONE]\n\n"
 
 encode = msgspec.json.encode
+
+MAX_ROUTE = 80
+"""Characters of one route in a header."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,32 @@ def _pace(name: str, tokens: int, seconds: float) -> JsonObject:
         f"{name}_per_token_ms": seconds * 1000 / tokens if tokens else 0.0,
         f"{name}_per_second": tokens / seconds if seconds > 0 else 0.0,
     }
+
+
+def route_headers(started: Sequence[Started | None], done: Done | None = None) -> dict[str, str]:
+    """`x-swarm-route`: the distinct routes of the choices that have begun. `Server-Timing`: of the first one of them.
+
+    `done` is the end of the first choice, once it is known; without any Started its times must do.
+    """
+    begun = [each for each in started if each is not None]
+    headers: dict[str, str] = {}
+    if begun:
+        headers["x-swarm-route"] = ", ".join(dict.fromkeys(route_text(each.route) for each in begun))
+    stages: dict[str, float] = {}
+    if begun:
+        stages = {"queue": begun[0].queue_s, "fetch": begun[0].fetch_s, "prefill": begun[0].prefill_s}
+    elif done:
+        stages = {"queue": done.timings.queue_s, "prefill": done.timings.prefill_s}
+    if done:
+        stages["decode"] = done.timings.decode_s
+    if stages:
+        headers["Server-Timing"] = ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in stages.items())
+    return headers
+
+
+def route_text(route: str) -> str:
+    """A route as it can stand in a header and in a line of the log. Names of peers are theirs to choose."""
+    return "".join(char if " " <= char <= "~" and char != "," else "_" for char in route[:MAX_ROUTE])
 
 
 def error_body(error: SwarmError) -> JsonObject:

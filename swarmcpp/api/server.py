@@ -229,7 +229,9 @@ class _Api:
             origin = self._allowed_origin(request)
             if origin is not None:
                 response.headers["Access-Control-Allow-Origin"] = origin
-                response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
+                response.headers["Access-Control-Expose-Headers"] = (
+                    "X-Request-Id, Retry-After, x-swarm-route, Server-Timing"
+                )
 
     # ---- bodies
 
@@ -309,7 +311,9 @@ class _Api:
         answer = Answer(self._service, query, head, requests, metrics=self.metrics, clock=self._clock)
         if query.stream:
             return await self._stream(request, answer)
-        return _json(await answer.reply())
+        response = _json(await answer.reply())
+        response.headers.update(answer.headers())
+        return response
 
     async def _stream(self, request: web.Request, answer: Answer) -> web.StreamResponse:
         async with aclosing(answer.stream()) as chunks:
@@ -321,6 +325,7 @@ class _Api:
                     "Cache-Control": "no-cache, no-store",
                     # Proxies such as nginx would otherwise collect the events.
                     "X-Accel-Buffering": "no",
+                    **answer.headers(),
                 }
             )
             try:

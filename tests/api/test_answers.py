@@ -7,6 +7,7 @@ import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import aiohttp
@@ -14,7 +15,7 @@ import pytest
 
 from swarmcpp.api.answers import merge
 from swarmcpp.api.server import RunningServer
-from swarmcpp.core import Event, GenerateRequest, TextEvent
+from swarmcpp.core import Event, GenerateRequest, Started, TextEvent
 from swarmcpp.errors import EngineFailed
 from swarmcpp.testing import FakeService
 
@@ -280,3 +281,103 @@ async def test_an_answer_that_stops_without_its_end_is_a_failure(serve: Serve, h
     server = await serve(Broken())
     async with http.post(server.url + CHAT, json=HELLO) as response:
         assert (response.status, (await response.json())["error"]["code"]) == (500, "engine_failed")
+
+
+class Placed(FakeService):
+    """A FakeService whose choices run where `routes` says, by their seed."""
+
+    routes: tuple[str, ...] = ("local",)
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+        route = self.routes[request.sampling.seed % len(self.routes)]
+        yield Started(route, queue_s=0.0015, fetch_s=0.02, prefill_s=0.5)
+        async with aclosing(FakeService.generate(self, request)) as events:
+            async for event in events:
+                yield event
+
+
+def placed(*routes: str, **options: Any) -> Placed:
+    service = Placed(**options)
+    service.routes = routes
+    return service
+
+
+async def test_headers_say_where_an_answer_comes_from_and_how_long_it_took(
+    serve: Serve, http: aiohttp.ClientSession
+) -> None:
+    server = await serve(placed("peer box"))
+    async with http.post(server.url + CHAT, json=HELLO) as response:
+        assert (await response.json())["choices"][0]["message"]["content"] == "Hello, world."
+    assert response.headers["x-swarm-route"] == "peer box"
+    assert response.headers["Server-Timing"] == "queue;dur=1.5, fetch;dur=20.0, prefill;dur=500.0, decode;dur=250.0"
+    async with http.post(server.url + CHAT, json=HELLO | {"stream": True}) as response:
+        chunks = await events(response)
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks[:-1]) == "Hello, world."
+    assert response.headers["x-swarm-route"] == "peer box"
+    assert response.headers["Server-Timing"] == "queue;dur=1.5, fetch;dur=20.0, prefill;dur=500.0"
+
+
+async def test_routes_of_several_choices_are_named_once_each(serve: Serve, http: aiohttp.ClientSession) -> None:
+    server = await serve(placed("local", "peer box", "peer box", "peer den"))
+    async with http.post(server.url + CHAT, json=HELLO | {"n": 4, "seed": 0}) as response:
+        assert len((await response.json())["choices"]) == 4
+    assert response.headers["x-swarm-route"] == "local, peer box, peer den"
+
+
+async def test_a_node_that_tells_no_route_still_tells_times(serve: Serve, http: aiohttp.ClientSession) -> None:
+    server = await serve(FakeService())
+    async with http.post(server.url + CHAT, json=HELLO) as response:
+        assert response.headers["Server-Timing"] == "queue;dur=0.0, prefill;dur=500.0, decode;dur=250.0"
+        assert "x-swarm-route" not in response.headers
+    async with http.post(server.url + CHAT, json=HELLO | {"stream": True}) as response:
+        assert "x-swarm-route" not in response.headers
+        assert "Server-Timing" not in response.headers
+
+
+async def test_the_name_of_a_peer_cannot_break_headers_or_the_log(
+    serve: Serve, http: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "swarmcpp.api.answers")
+    server = await serve(placed("peer a,b\r\nSet-Cookie: x=\x1b[0mé" + "y" * 1000))
+    async with http.post(server.url + CHAT, json=HELLO) as response:
+        assert response.status == 200
+        assert "Set-Cookie" not in response.headers
+        assert response.headers["x-swarm-route"] == ("peer a_b__Set-Cookie: x=_[0m_" + "y" * 1000)[:80]
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+
+
+async def test_one_line_in_the_log_sums_up_each_choice(
+    serve: Serve, http: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "swarmcpp.api.answers")
+    server = await serve(placed("peer my box", script="abc"))
+    async with http.post(server.url + CHAT, json=HELLO) as response:
+        answer_id = (await response.json())["id"]
+    (line,) = caplog.messages
+    assert line.startswith(f"request {answer_id} route=peer:my:box queue=0.002s fetch=0.020s prefill=0.500s ttft=")
+    assert line.endswith("tok/s prompt=12 cached=0 completion=3 finish=stop")
+
+
+async def test_the_line_of_a_choice_that_failed_says_how(
+    serve: Serve, http: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "swarmcpp.api.answers")
+    server = await serve(placed("local", fail_at=(1, EngineFailed("the engine died"))))
+    async with http.post(server.url + CHAT, json=HELLO | {"n": 2}) as response:
+        assert response.status == 500
+    assert [line.split()[-1] for line in caplog.messages] == ["finish=engine_failed"] * 2
+
+
+async def test_the_line_of_a_choice_whose_client_left(
+    serve: Serve, until: Until, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "swarmcpp.api.answers")
+    service = FakeService(gate=asyncio.Event())
+    server = await serve(service)
+    _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(post(CHAT, HELLO | {"stream": True}))
+    await until(lambda: service.running == 1)
+    writer.close()
+    await until(lambda: bool(caplog.messages))
+    assert "route=- queue=0.000s" in caplog.messages[0]
+    assert caplog.messages[0].endswith("ttft=- decode=0.0tok/s prompt=12 cached=0 completion=0 finish=cancelled")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing
 
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
@@ -12,7 +13,8 @@ from swarmcpp.api.metrics import Metrics
 from swarmcpp.api.openai import parse_chat
 from swarmcpp.api.replies import Head
 from swarmcpp.api.server import RunningServer
-from swarmcpp.core import GenerateRequest
+from swarmcpp.core import Event, GenerateRequest, Started
+from swarmcpp.errors import EngineFailed
 from swarmcpp.testing import FakeClock, FakeService
 
 Serve = Callable[..., Awaitable[RunningServer]]
@@ -74,3 +76,29 @@ async def test_times_are_those_of_the_clock() -> None:
     shown = dict(samples(metrics.render().decode()))
     assert shown["swarmcpp_time_to_first_token_seconds_sum"] == 3.0
     assert shown["swarmcpp_time_per_output_token_seconds_sum"] == 0.5
+
+
+async def test_choices_are_counted_by_where_they_ran_and_not_by_name(serve: Serve, http: aiohttp.ClientSession) -> None:
+    class Placed(FakeService):
+        async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+            seed = request.sampling.seed
+            yield Started("local" if seed == 0 else f"peer box{seed}")
+            async with aclosing(FakeService.generate(self, request)) as events:
+                async for event in events:
+                    yield event
+
+    service = Placed()
+    server = await serve(service)
+    for seed, n in ((0, 4), (5, 1)):
+        async with http.post(server.url + "/v1/completions", json={"prompt": "a", "seed": seed, "n": n}):
+            pass
+    service.fail_at = (2, EngineFailed("the engine died"))
+    async with http.post(server.url + "/v1/completions", json={"prompt": "a", "seed": 1}):
+        pass
+    async with http.get(server.url + "/metrics") as response:
+        shown = dict(samples(await response.text()))
+    assert {name: value for name, value in shown.items() if name.startswith("swarmcpp_routed_requests_total")} == {
+        "swarmcpp_routed_requests_total(ok,local)": 1,
+        "swarmcpp_routed_requests_total(ok,peer)": 4,
+        "swarmcpp_routed_requests_total(engine_failed,peer)": 1,
+    }

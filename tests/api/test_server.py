@@ -151,6 +151,8 @@ async def test_cors_for_listed_origins_only(serve: Serve, http: aiohttp.ClientSe
     async with http.post(server.url + CHAT, json=HELLO | {"stream": True}, headers=headers) as response:
         assert response.headers["Access-Control-Allow-Origin"] == "http://page.example"
         assert response.headers["Vary"] == "Origin"
+        exposed = response.headers["Access-Control-Expose-Headers"].split(", ")
+        assert {"X-Request-Id", "Retry-After", "x-swarm-route", "Server-Timing"} == set(exposed)
     async with http.options(server.url + CHAT, headers=PREFLIGHT | {"Origin": "http://other.example"}) as response:
         assert response.status == 401
         assert "Access-Control-Allow-Origin" not in response.headers

@@ -1,0 +1,202 @@
+"""A whole request that runs on another node: what is told while it does, on both sides."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Final
+
+from swarmcpp.core import GenerateRequest, Limits, SamplingParams
+from swarmcpp.errors import BadRequest, EngineFailed, PromptTooLong, WireError
+from swarmcpp.peers import TokenPart
+from swarmcpp.peerwire import Caller, Generate, KeepAlive, Part, Reply
+
+KEEP_ALIVE_S: Final = 0.5
+"""Silence after which a node says that it is still at work."""
+
+SILENCE_S: Final = 2.0
+"""Silence after which a node is taken for lost: four times as long, so that one late message does not matter."""
+
+MAX_TEXT: Final = 1000
+"""Characters of an id, a model's name or a salt."""
+
+TIERS: Final = frozenset({"", "slot", "arena", "peer"})
+
+Run = Callable[[GenerateRequest], AsyncGenerator[TokenPart, None]]
+
+
+# -- the node that runs it ---------------------------------------------------------------------------------------------
+
+
+async def serve_generate(
+    message: Generate,
+    send: Callable[[Reply], None],
+    run: Run,
+    limits: Limits,
+    *,
+    keep_alive_s: float = KEEP_ALIVE_S,
+) -> None:
+    """Run a peer's request and send its tokens: those that are ready together in one Part, the last with `finish`.
+
+    Raises what the request is refused for (see `check_request`), what `run` and `send` raise, and EngineFailed when
+    `run` ends without a finish: the caller tells the asker. `run` is closed, which cancels its work, before this ends.
+    """
+    request = check_request(message.request, limits)
+    parts: list[TokenPart] = []
+    news = asyncio.Event()
+    reader = asyncio.create_task(_read(run(request), parts, news))
+    reader.add_done_callback(lambda _: news.set())
+    try:
+        while True:
+            try:
+                async with asyncio.timeout(keep_alive_s):
+                    await news.wait()
+            except TimeoutError:
+                send(KeepAlive())
+                continue
+            news.clear()
+            if parts:
+                part = _joined(parts)
+                parts.clear()
+                send(Part(part))
+                if part.finish:
+                    return
+            if reader.done():
+                reader.result()
+                raise EngineFailed("the generation stopped before its end; send the request again")
+    finally:
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+
+
+async def _read(stream: AsyncGenerator[TokenPart, None], parts: list[TokenPart], news: asyncio.Event) -> None:
+    # A task of its own: it takes all that is ready before the sender gets its turn.
+    async with aclosing(stream):
+        async for part in stream:
+            parts.append(part)
+            news.set()
+
+
+def _joined(parts: Sequence[TokenPart]) -> TokenPart:
+    tokens = tuple(token for part in parts for token in part.tokens)
+    return replace(parts[0], tokens=tokens, finish=parts[-1].finish)
+
+
+def check_request(request: GenerateRequest, limits: Limits) -> GenerateRequest:
+    """A peer's request, fit for this node's engine; what no engine would look at is cut.
+
+    Raises BadRequest and PromptTooLong: an engine trusts its node, and a token beyond the vocabulary would end it.
+    """
+    for name in ("id", "model", "cache_salt"):
+        if len(getattr(request, name)) > MAX_TEXT:
+            raise BadRequest(f"{name} has more than {MAX_TEXT} characters; shorten it", param=name)
+    used = len(request.prompt) + len(request.generated)
+    if used >= limits.ctx_size:
+        raise PromptTooLong(
+            f"{used} tokens of prompt and answer leave no room in a slot of {limits.ctx_size}; ask another node",
+            param="prompt",
+        )
+    if not request.prompt:
+        raise BadRequest("the prompt has no tokens; send at least one", param="prompt")
+    _check_tokens("prompt", request.prompt, limits.n_vocab)
+    _check_tokens("generated", request.generated, limits.n_vocab)
+    _check_range("max_tokens", request.max_tokens, len(request.generated) + 1, 2**31 - 1)
+    if request.deadline_s is not None:
+        # A month: far beyond any answer, and a number that every timer takes.
+        _check_range("deadline_s", request.deadline_s, 0, 30 * 86400)
+    _check_stop(request.stop, limits)
+    return replace(request, sampling=_checked_sampling(request.sampling, limits))
+
+
+def _checked_sampling(params: SamplingParams, limits: Limits) -> SamplingParams:
+    """The ranges that the API takes."""
+    _check_range("temperature", params.temperature, 0, 100)
+    _check_range("top_k", params.top_k, 0, 2**31 - 1)
+    _check_range("top_p", params.top_p, 0, 1)
+    _check_range("min_p", params.min_p, 0, 1)
+    _check_range("seed", params.seed, 0, 2**32 - 1)
+    _check_range("repeat_penalty", params.repeat_penalty, math.nextafter(0, 1), 100)
+    _check_range("repeat_last_n", params.repeat_last_n, 0, 2**31 - 1)
+    _check_range("presence_penalty", params.presence_penalty, -2, 2)
+    _check_range("frequency_penalty", params.frequency_penalty, -2, 2)
+    if len(params.logit_bias) > limits.n_vocab:
+        raise BadRequest(
+            f"logit_bias has {len(params.logit_bias)} entries for {limits.n_vocab} tokens; send fewer",
+            param="logit_bias",
+        )
+    _check_tokens("logit_bias", [token for token, _ in params.logit_bias], limits.n_vocab)
+    for _, bias in params.logit_bias:
+        _check_range("logit_bias", bias, -100, 100)
+    # llama.cpp allocates a ring of this size.
+    return replace(params, repeat_last_n=min(params.repeat_last_n, limits.ctx_size))
+
+
+def _check_stop(stops: Sequence[str], limits: Limits) -> None:
+    if len(stops) > limits.max_stop:
+        raise BadRequest(f"stop has {len(stops)} strings; at most {limits.max_stop} are allowed", param="stop")
+    if not all(0 < len(stop.encode()) <= limits.max_stop_bytes for stop in stops):
+        raise BadRequest(f"stop strings have 1 to {limits.max_stop_bytes} bytes; change them", param="stop")
+
+
+def _check_tokens(name: str, tokens: Sequence[int], n_vocab: int) -> None:
+    if not _are_tokens(tokens, n_vocab):
+        raise BadRequest(f"{name} names a token outside 0 to {n_vocab - 1}; send tokens of this model", param=name)
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    # Written so that NaN fails.
+    if not low <= value <= high:
+        raise BadRequest(f"{name} is {value:g}; allowed is {low:g} to {high:g}", param=name)
+
+
+# -- the node that asks ------------------------------------------------------------------------------------------------
+
+
+async def remote_tokens(caller: Caller, request: GenerateRequest, n_vocab: int) -> AsyncGenerator[TokenPart, None]:
+    """Run `request` on the peer of `caller`: its tokens as they come, the last part with `finish`. Closing it cancels.
+
+    `request.deadline_s` is what is left of the deadline now; the peer keeps it.
+    Raises PeerTimeout (silence), PeerLost, WireError (what came cannot be an answer), or what the peer failed with.
+    """
+    left = request.max_tokens - len(request.generated)
+    # What was generated before is a part of the prompt there, and may be cached as well.
+    given = len(request.prompt) + len(request.generated)
+    finished = False
+    async with aclosing(caller.stream(Generate(request), silence_s=SILENCE_S)) as replies:
+        async for reply in replies:
+            if finished:
+                raise WireError(f"a {type(reply).__name__} came after the end of request {request.id}")
+            if isinstance(reply, KeepAlive):
+                continue
+            if not isinstance(reply, Part):
+                raise WireError(f"request {request.id} was answered with a {type(reply).__name__}")
+            _check_part(reply.part, given, left, n_vocab)
+            left -= len(reply.part.tokens)
+            finished = reply.part.finish is not None
+            yield reply.part
+    if not finished:
+        raise WireError(f"the answer to request {request.id} has no end")
+
+
+def _check_part(part: TokenPart, given: int, left: int, n_vocab: int) -> None:
+    if not part.tokens and part.finish is None:
+        raise WireError("a part without tokens and without an end")
+    if len(part.tokens) > left:
+        raise WireError(f"a part of {len(part.tokens)} tokens where {left} were left of max_tokens")
+    if not _are_tokens(part.tokens, n_vocab):
+        raise WireError(f"a part names a token outside 0 to {n_vocab - 1}")
+    if not 0 <= part.cached_tokens <= given or part.tier not in TIERS:
+        raise WireError(f"a part says that {part.cached_tokens} of {given} tokens came from {part.tier[:20]!r}")
+    if not _are_seconds((part.queue_s, part.prefill_s, part.fetch_s)):
+        raise WireError("a part has a time that is negative or not finite")
+
+
+def _are_tokens(tokens: Sequence[int], n_vocab: int) -> bool:
+    return not tokens or (min(tokens) >= 0 and max(tokens) < n_vocab)
+
+
+def _are_seconds(times: Iterable[float]) -> bool:
+    return all(math.isfinite(time) and time >= 0 for time in times)
