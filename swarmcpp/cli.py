@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -14,6 +16,12 @@ from swarmcpp import __version__
 from swarmcpp.config import Config, LoadedConfig, load_config
 from swarmcpp.errors import StartupError, SwarmError
 from swarmcpp.settings import describe
+
+if TYPE_CHECKING:
+    from swarmcpp.commands.status import Server
+
+Flag = str | bool | None
+Command = TypeVar("Command", bound=Callable[..., None])
 
 app = typer.Typer(
     name="swarmcpp",
@@ -28,27 +36,43 @@ app = typer.Typer(
 EXIT_INTERRUPTED = 130
 
 
-def _flag(key: str) -> Any:
+_SETTINGS = {described.flag_key: described for described in describe(Config) if described.flag}
+_SERVING = tuple(name for name in _SETTINGS if name != "model")
+
+
+def _parameter(name: str) -> inspect.Parameter:
     """The option or argument of a setting, with its help. Its text is parsed and checked by `load_config` alone."""
-    found = next(described for described in describe(Config) if described.key == key)
+    found = _SETTINGS[name]
     text = f"{found.help[0].upper()}{found.help[1:]}"
     if found.form or (found.limit and found.kind in ("whole number", "number")):
         text += f" ({found.limit})"
-    metavar = {"whole number": "N", "number": "X", "path": "DIR"}.get(found.kind, "TEXT")
-    if not found.flag.startswith("--"):
-        return typer.Argument(help=text, metavar=found.flag, show_default=False)
-    return typer.Option(found.flag, help=text, metavar=metavar, show_default=False)
+    kind: Any = str | None
+    if found.kind == "boolean":
+        kind = bool | None
+        info = typer.Option(f"{found.flag}/--no-{found.flag.removeprefix('--')}", help=text, show_default=False)
+    elif found.flag.startswith("--"):
+        metavar = {"whole number": "N", "number": "X", "path": "DIR"}.get(found.kind, "TEXT")
+        info = typer.Option(found.flag, help=text, metavar=metavar, show_default=False)
+    else:
+        info = typer.Argument(help=text, metavar=found.flag, show_default=False)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, info])
 
 
-ModelArgument = Annotated[str | None, _flag("model")]
-Host = Annotated[str | None, _flag("server.host")]
-Port = Annotated[str | None, _flag("server.port")]
-ApiKey = Annotated[str | None, _flag("server.api_key")]
-Threads = Annotated[str | None, _flag("engine.threads")]
-CtxSize = Annotated[str | None, _flag("engine.ctx_size")]
-Slots = Annotated[str | None, _flag("engine.slots")]
-DataDir = Annotated[str | None, _flag("storage.data_dir")]
-CacheSize = Annotated[str | None, _flag("storage.cache_size")]
+def _with_settings(*names: str) -> Callable[[Command], Command]:
+    """Make a command with `**flags` take the flags of these settings, before its own options."""
+
+    def add(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        own = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+        parameters = [*(_parameter(name) for name in names), *own]
+        vars(command)["__signature__"] = signature.replace(parameters=parameters)
+        command.__annotations__ = {each.name: each.annotation for each in parameters}
+        return command
+
+    return add
+
+
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file to read instead of swarmcpp.toml.", show_default=False)
 ]
@@ -56,9 +80,10 @@ Verbose = Annotated[
     int, typer.Option("--verbose", "-v", count=True, help="Say what happens; -vv: everything.", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Url = Annotated[str | None, typer.Option("--url", help="Server to talk to.", show_default="http://127.0.0.1:8080")]
 
 
-def _load(file: Path | None, verbosity: int = 0, **flags: str | None) -> LoadedConfig:
+def _load(file: Path | None, verbosity: int = 0, /, **flags: Flag) -> LoadedConfig:
     from swarmcpp.commands.terminal import stderr
     from swarmcpp.telemetry import setup_logging
 
@@ -82,39 +107,52 @@ def root(
 
 
 @app.command()
-def serve(
-    model: ModelArgument = None,
-    host: Host = None,
-    port: Port = None,
-    api_key: ApiKey = None,
-    threads: Threads = None,
-    ctx_size: CtxSize = None,
-    slots: Slots = None,
-    data_dir: DataDir = None,
-    cache_size: CacheSize = None,
-    config: ConfigFile = None,
-    verbose: Verbose = 0,
-) -> None:
+@_with_settings("model", *_SERVING)
+def serve(config: ConfigFile = None, verbose: Verbose = 0, **flags: Flag) -> None:
     """Serve a model over an OpenAI API.
 
     MODEL is a GGUF file, or a name that `swarmcpp models` lists; that is downloaded when it is not here yet.
     """
-    flags = {"model": model, "host": host, "port": port, "api_key": api_key, "data_dir": data_dir}
-    loaded = _load(config, verbose, **flags, threads=threads, ctx_size=ctx_size, slots=slots, cache_size=cache_size)
+    loaded = _load(config, verbose, **flags)
     from swarmcpp.commands import serve as command
 
     command.run(loaded)
 
 
 @app.command()
+@_with_settings(*_SERVING)
+def join(
+    token: Annotated[
+        str | None,
+        typer.Argument(
+            help="What `swarmcpp token` shows; without it: the swarm of last time.", metavar="TOKEN", show_default=False
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Local copy of a model of the swarm, which is fetched otherwise.", metavar="FILE"),
+    ] = None,
+    config: ConfigFile = None,
+    verbose: Verbose = 0,
+    **flags: Flag,
+) -> None:
+    """Join a swarm and serve what it serves."""
+    loaded = _load(config, verbose, model=model, **flags)
+    from swarmcpp.commands import join as command
+
+    command.run(loaded, token)
+
+
+@app.command()
+@_with_settings("api_key")
 def chat(
-    url: Annotated[str | None, typer.Option(help="Server to talk to.", show_default="http://127.0.0.1:8080")] = None,
+    url: Url = None,
     model: Annotated[str | None, typer.Option(help="Model to talk to.", show_default="the server's first")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    api_key: ApiKey = None,
     temperature: Annotated[float | None, typer.Option(help="Temperature of the sampling.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens in one answer.")] = None,
     config: ConfigFile = None,
+    **flags: Flag,
 ) -> None:
     """Talk to a running server.
 
@@ -122,7 +160,7 @@ def chat(
     """
     from swarmcpp.commands import chat as command
 
-    loaded = _load(config, api_key=api_key)
+    loaded = _load(config, **flags)
     options = command.ChatOptions(
         url=url or command.local_url(loaded.config.server),
         api_key=command.key_to_send(loaded, url),
@@ -134,19 +172,84 @@ def chat(
     raise typer.Exit(command.run(options))
 
 
+def _server(loaded: LoadedConfig, url: str | None) -> Server:
+    from swarmcpp.commands.chat import key_to_send, local_url
+    from swarmcpp.commands.status import Server
+
+    return Server(url or local_url(loaded.config.server), key_to_send(loaded, url))
+
+
 @app.command()
-def models(data_dir: DataDir = None, config: ConfigFile = None, as_json: AsJson = False) -> None:
+@_with_settings("api_key")
+def status(
+    url: Url = None,
+    once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
+    as_json: AsJson = False,
+    config: ConfigFile = None,
+    **flags: Flag,
+) -> None:
+    """Watch the swarm as a running node sees it."""
+    loaded = _load(config, **flags)
+    from swarmcpp.commands import status as command
+
+    command.run(_server(loaded, url), once=once, as_json=as_json)
+
+
+@app.command()
+@_with_settings("api_key", "data_dir")
+def peers(url: Url = None, config: ConfigFile = None, as_json: AsJson = False, **flags: Flag) -> None:
+    """List the other nodes of the swarm.
+
+    When no node runs here: the addresses that are remembered.
+    """
+    loaded = _load(config, **flags)
+    from swarmcpp.commands import peers as command
+
+    data_dir = loaded.config.storage.data_dir
+    command.run(_server(loaded, url), data_dir, may_remember=url is None, as_json=as_json)
+
+
+@app.command()
+@_with_settings("api_key", "data_dir")
+def token(
+    url: Url = None,
+    rotate: Annotated[bool, typer.Option("--rotate", help="Make a new key; every machine has to join again.")] = False,
+    config: ConfigFile = None,
+    **flags: Flag,
+) -> None:
+    """Show the command that joins this machine's swarm. It is a secret: who has it can join."""
+    loaded = _load(config, **flags)
+    from swarmcpp.commands import token as command
+
+    act = command.rotate if rotate else command.show
+    act(_server(loaded, url), loaded.config.storage.data_dir)
+
+
+@app.command()
+@_with_settings("data_dir")
+def leave(config: ConfigFile = None, **flags: Flag) -> None:
+    """Forget the swarm of this machine."""
+    loaded = _load(config, **flags)
+    from swarmcpp.commands import leave as command
+
+    command.run(loaded.config.storage.data_dir)
+
+
+@app.command()
+@_with_settings("data_dir")
+def models(config: ConfigFile = None, as_json: AsJson = False, **flags: Flag) -> None:
     """List the models that have a name."""
     from swarmcpp.commands import models as command
 
-    command.run(_load(config, data_dir=data_dir).config.storage, as_json=as_json)
+    command.run(_load(config, **flags).config.storage, as_json=as_json)
 
 
 @app.command()
+@_with_settings("data_dir")
 def pull(
     name: Annotated[str, typer.Argument(help="Name in the catalogue (`swarmcpp models`).", show_default=False)],
-    data_dir: DataDir = None,
     config: ConfigFile = None,
+    **flags: Flag,
 ) -> None:
     """Download a model.
 
@@ -154,40 +257,23 @@ def pull(
     """
     from swarmcpp.commands import pull as command
 
-    command.run(name, _load(config, data_dir=data_dir).config.storage)
+    command.run(name, _load(config, **flags).config.storage)
 
 
 @app.command()
-def doctor(
-    host: Host = None,
-    port: Port = None,
-    data_dir: DataDir = None,
-    config: ConfigFile = None,
-    as_json: AsJson = False,
-) -> None:
+@_with_settings("host", "port", "data_dir")
+def doctor(config: ConfigFile = None, as_json: AsJson = False, **flags: Flag) -> None:
     """Check this machine, with a remedy for each finding."""
     from swarmcpp.commands import doctor as command
 
-    raise typer.Exit(command.run(_load(config, host=host, port=port, data_dir=data_dir).config, as_json=as_json))
+    raise typer.Exit(command.run(_load(config, **flags).config, as_json=as_json))
 
 
 @app.command("config")
-def show_config(
-    model: ModelArgument = None,
-    host: Host = None,
-    port: Port = None,
-    api_key: ApiKey = None,
-    threads: Threads = None,
-    ctx_size: CtxSize = None,
-    slots: Slots = None,
-    data_dir: DataDir = None,
-    cache_size: CacheSize = None,
-    config: ConfigFile = None,
-    as_json: AsJson = False,
-) -> None:
+@_with_settings("model", *_SERVING)
+def show_config(config: ConfigFile = None, as_json: AsJson = False, **flags: Flag) -> None:
     """Show each setting and where it came from."""
-    flags = {"model": model, "host": host, "port": port, "api_key": api_key, "data_dir": data_dir}
-    loaded = _load(config, 0, **flags, threads=threads, ctx_size=ctx_size, slots=slots, cache_size=cache_size)
+    loaded = _load(config, **flags)
     from swarmcpp.commands import show_config as command
 
     command.run(loaded, as_json=as_json)
@@ -198,42 +284,40 @@ app.add_typer(cache_app, name="cache")
 
 
 @cache_app.command("ls")
-def cache_ls(data_dir: DataDir = None, config: ConfigFile = None, as_json: AsJson = False) -> None:
+@_with_settings("data_dir")
+def cache_ls(config: ConfigFile = None, as_json: AsJson = False, **flags: Flag) -> None:
     """List what is cached, by model."""
-    loaded = _load(config, data_dir=data_dir)
+    loaded = _load(config, **flags)
     from swarmcpp.commands import cache as command
 
     command.ls(loaded, as_json=as_json)
 
 
 @cache_app.command("clear")
-def cache_clear(data_dir: DataDir = None, config: ConfigFile = None) -> None:
+@_with_settings("data_dir")
+def cache_clear(config: ConfigFile = None, **flags: Flag) -> None:
     """Remove everything that no running node uses."""
-    loaded = _load(config, data_dir=data_dir)
+    loaded = _load(config, **flags)
     from swarmcpp.commands import cache as command
 
     command.clear(loaded)
 
 
 @cache_app.command("verify")
-def cache_verify(data_dir: DataDir = None, config: ConfigFile = None) -> None:
+@_with_settings("data_dir")
+def cache_verify(config: ConfigFile = None, **flags: Flag) -> None:
     """Read every block and drop what is damaged."""
-    loaded = _load(config, data_dir=data_dir)
+    loaded = _load(config, **flags)
     from swarmcpp.commands import cache as command
 
     command.check(loaded)
 
 
 @app.command()
-def bench(
-    model: ModelArgument = None,
-    threads: Threads = None,
-    data_dir: DataDir = None,
-    config: ConfigFile = None,
-    verbose: Verbose = 0,
-) -> None:
+@_with_settings("model", "threads", "data_dir")
+def bench(config: ConfigFile = None, verbose: Verbose = 0, **flags: Flag) -> None:
     """Measure how fast this machine runs a model."""
-    loaded = _load(config, verbose, model=model, threads=threads, data_dir=data_dir)
+    loaded = _load(config, verbose, **flags)
     from swarmcpp.commands import bench as command
 
     command.run(loaded)

@@ -72,6 +72,15 @@ class InferenceConfig:
     prefix_cache_max_entries: int = setting(
         0, help="chains of blocks that the cache keeps", low=1, high=2**31, zero="as many as fit into --cache-size"
     )
+    cross_node_prefix_trust_min: float = setting(
+        0.5, help="trust that a peer needs for its blocks to be fetched; 2: no blocks of peers", low=0, high=2
+    )
+    kv_wire: str = setting(
+        "auto",
+        help="encoding of blocks between nodes; auto: by the rate of the link",
+        pattern="auto|f16|q8_0",
+        form="auto, f16 or q8_0",
+    )
 
 
 _SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGT]?)(?:i?B)?"
@@ -116,11 +125,29 @@ class StorageConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SwarmConfig:
+    enabled: bool = setting(False, help="let other machines of the network join this one", flag="--swarm")
+    host: str = setting(
+        "", help="address of the swarm port (without it: those of the local networks)", high=253, flag="--swarm-host"
+    )
+    port: int = setting(
+        47610,
+        help="port for other nodes, beside that of the API; 0: any free one",
+        low=0,
+        high=65535,
+        flag="--swarm-port",
+    )
+    name: str = setting("", help="name of this node in the swarm (without it: the machine's)", high=64, flag="--name")
+    discovery: bool = setting(True, help="find and be found on the local network by mDNS")
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     server: ServerConfig = field(default_factory=ServerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
+    swarm: SwarmConfig = field(default_factory=SwarmConfig)
     model: str | None = setting(None, help="GGUF file, or a name of the catalogue", low=1, flag="MODEL")
 
 

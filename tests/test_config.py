@@ -64,7 +64,7 @@ def valid(described: Setting) -> st.SearchStrategy[object]:
         case "number":
             return st.one_of(st.floats(low, high), *zero)
         case "text" if described.pattern:
-            return st.from_regex(described.pattern, fullmatch=True, alphabet="0123456789.aGiBkMot ")
+            return st.from_regex(described.pattern, fullmatch=True, alphabet="0123456789.aGiBkMotufq_ ")
         case "list of text":
             return st.lists(word, max_size=3)
         case _:

@@ -47,15 +47,39 @@ def test_config_imports_no_engine_and_no_network() -> None:
 def test_help_names_every_command() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("serve", "chat", "models", "pull", "doctor", "config", "bench"):
+    commands = (
+        "serve",
+        "join",
+        "chat",
+        "status",
+        "peers",
+        "token",
+        "leave",
+        "models",
+        "pull",
+        "doctor",
+        "config",
+        "bench",
+    )
+    for command in commands:
         assert f"  {command} " in result.output
 
 
 def test_every_flag_of_the_settings_is_one_of_serve_and_of_config() -> None:
-    for command in ("serve", "config"):
+    for command in ("serve", "join", "config"):
         text = CliRunner().invoke(app, [command, "--help"]).output
         for described in describe(Config):
-            assert described.flag in text
+            # A model to join with is an option: the argument is the token.
+            assert ("--model FILE" if command == "join" and described.key == "model" else described.flag) in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "value", "source"),
+    [([], False, "default"), (["--swarm"], True, "flag --swarm"), (["--no-swarm"], False, "flag --swarm")],
+)
+def test_a_flag_without_a_value(flags: list[str], value: bool, source: str) -> None:
+    shown = json.loads(CliRunner().invoke(app, ["config", "--json", *flags]).output)
+    assert shown["swarm.enabled"] == {"value": value, "source": source}
 
 
 def test_version() -> None:

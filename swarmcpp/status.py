@@ -1,0 +1,146 @@
+"""What one node tells people of its swarm: frozen rows, and the JSON-able form in which they travel.
+
+Whoever reads that form may be older or newer than who wrote it, and some of the text comes from other machines: unknown
+fields are ignored, those that are missing or of another type have their defaults, numbers and text are bounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, TypeVar
+
+MAX_ROWS: Final = 1024
+"""Rows of one kind that are read. A swarm has at most so many nodes."""
+MAX_TEXT: Final = 200
+"""Characters of one text that are read."""
+MAX_ADDRESSES: Final = 16
+MAX_NUMBER: Final = 1e15
+"""Numbers above are cut: no memory, rate or count of tokens is larger."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRow:
+    """One node. Rates are in tokens/s and bytes/s, times in seconds, memory in bytes; 0: not known, or none."""
+
+    id: str = ""
+    name: str = ""
+    addresses: tuple[str, ...] = ()
+    """HOST:PORT of its swarm port, the one in use first."""
+    key: str = ""
+    """Its public key (Z85), which it proves at these addresses."""
+    is_self: bool = False
+    status: str = "alive"
+    """alive, suspect or gone."""
+    version: str = ""
+    cpu: str = ""
+    cores: int = 0
+    memory_used: int = 0
+    memory_total: int = 0
+    model: str = ""
+    first_layer: int = 0
+    last_layer: int = 0
+    """It holds the layers [first_layer, last_layer) of `n_layers`."""
+    n_layers: int = 0
+    slots_busy: int = 0
+    slots: int = 0
+    waiting: int = 0
+    prefill_tps: float = 0.0
+    decode_tps: float = 0.0
+    """All streams together."""
+    ttft_s: float = 0.0
+    slot_tokens: int = 0
+    """Prompt tokens whose KV was in a slot; likewise those from the arena, from peers, and those computed."""
+    arena_tokens: int = 0
+    peer_tokens: int = 0
+    computed_tokens: int = 0
+    blocks: int = 0
+    rtt_s: float = 0.0
+    """Of the link from the node that tells this."""
+    bytes_per_s: float = 0.0
+    trust: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRow:
+    """A request that the telling node answers. `state`: queued, prefill or decode; `seconds` since it came."""
+
+    id: str = ""
+    model: str = ""
+    route: str = ""
+    prompt_tokens: int = 0
+    generated: int = 0
+    seconds: float = 0.0
+    state: str = "queued"
+
+
+@dataclass(frozen=True, slots=True)
+class EventRow:
+    """Something that happened `age_s` seconds before."""
+
+    age_s: float = 0.0
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmStatus:
+    """The swarm as the node `node` sees it at the Unix time `at`. Events are oldest first."""
+
+    node: str = ""
+    swarm: str = ""
+    """Id of the swarm; empty: the node is in none."""
+    nodes: tuple[NodeRow, ...] = ()
+    requests: tuple[RequestRow, ...] = ()
+    events: tuple[EventRow, ...] = ()
+    at: float = 0.0
+
+
+Row = TypeVar("Row", NodeRow, RequestRow, EventRow)
+
+
+def to_json(status: SwarmStatus) -> dict[str, Any]:
+    """`status` as a document of JSON."""
+    return asdict(status)
+
+
+def from_json(document: Mapping[str, Any]) -> SwarmStatus:
+    """The status in a document of JSON, whatever is in it."""
+    return SwarmStatus(
+        node=_value("", document.get("node")),
+        swarm=_value("", document.get("swarm")),
+        nodes=_rows(NodeRow, document.get("nodes")),
+        requests=_rows(RequestRow, document.get("requests")),
+        events=_rows(EventRow, document.get("events")),
+        at=_value(0.0, document.get("at")),
+    )
+
+
+def _rows(cls: type[Row], found: object) -> tuple[Row, ...]:
+    rows = found[:MAX_ROWS] if isinstance(found, list | tuple) else ()
+    return tuple(_row(cls, row) for row in rows if isinstance(row, Mapping))
+
+
+def _row(cls: type[Row], document: Mapping[str, Any]) -> Row:
+    return cls(**{each.name: _value(each.default, document.get(each.name)) for each in fields(cls)})
+
+
+def _value(default: Any, found: object) -> Any:
+    """`found`, cut to the bounds, if it is of the type of `default`; else `default`."""
+    if isinstance(default, bool):
+        return found if isinstance(found, bool) else default
+    if isinstance(default, str):
+        return _text(found) if isinstance(found, str) else default
+    if isinstance(default, tuple):
+        texts = found[:MAX_ADDRESSES] if isinstance(found, list | tuple) else ()
+        return tuple(_text(text) for text in texts if isinstance(text, str))
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        return default
+    # Cut first: an int of JSON may be too large for a float.
+    number = min(max(found, 0), MAX_NUMBER)
+    return default if math.isnan(number) else type(default)(number)
+
+
+def _text(found: str) -> str:
+    # JSON can carry half a surrogate pair, which no terminal takes.
+    return found[:MAX_TEXT].encode("utf-8", "replace").decode()
