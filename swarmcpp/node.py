@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swarmcpp.api.server import RunningServer, ServerOptions, build_app, start_server
+from swarmcpp.api.swarm import add_routes
 from swarmcpp.config import Config
 from swarmcpp.core import (
     ChatMessage,
@@ -22,11 +25,12 @@ from swarmcpp.core import (
     Limits,
     ModelInfo,
     NodeSnapshot,
+    Started,
     TextEvent,
     Timings,
     Usage,
 )
-from swarmcpp.errors import BadModel, Cancelled, NotReady, PromptTooLong, QueueFull, SwarmError, UnknownModel
+from swarmcpp.errors import BadModel, Cancelled, NotReady, SwarmError, UnknownModel
 from swarmcpp.hardware import Hardware, disk_free, read_hardware
 from swarmcpp.kv.arena import Arena
 from swarmcpp.kv.cache import PrefixCache
@@ -35,15 +39,19 @@ from swarmcpp.llama.chat import ChatCodec
 from swarmcpp.llama.probe import ProbeReport, probe
 from swarmcpp.llama.text import TextStream
 from swarmcpp.llama.vocab import VocabModel
+from swarmcpp.local import LocalReplica
 from swarmcpp.models.capacity import choose_capacity
-from swarmcpp.models.fingerprint import fingerprint
 from swarmcpp.models.inspect import ModelFile, inspect
-from swarmcpp.supervisor import EngineStatus, EngineStream, EngineSupervisor
-from swarmcpp.wire import EngineOptions, TokenOut
+from swarmcpp.models.manifest import Manifest, manifest_of
+from swarmcpp.peers import ModelOffer, TokenPart
+from swarmcpp.status import SwarmStatus
+from swarmcpp.supervisor import EngineStatus, EngineSupervisor
+from swarmcpp.swarm.identity import JoinToken
+from swarmcpp.swarming.models import Served
+from swarmcpp.swarming.swarm import Swarm
+from swarmcpp.wire import EngineOptions
 
 logger = logging.getLogger(__name__)
-
-MAX_RETRY_AFTER_S = 30.0
 
 DISK_SHARE = 10
 """A new arena takes at most one part in so many of the free disk,"""
@@ -100,15 +108,19 @@ def prepare(config: Config, path: Path, name: str | None = None) -> Prepared:
 
 
 class Node:
-    """One served model. Satisfies `core.Service`; every method runs on its event loop."""
+    """One served model, and those of the swarm. Satisfies `core.Service`; every method runs on its event loop."""
 
-    def __init__(self, config: Config, prepared: Prepared, supervisor: EngineSupervisor) -> None:
+    def __init__(
+        self, config: Config, prepared: Prepared, supervisor: EngineSupervisor, swarm: Swarm | None = None
+    ) -> None:
         self._config = config
         self._prepared = prepared
         self._supervisor = supervisor
+        self._swarm = swarm
         self._vocab: VocabModel | None = None
         self._codec: ChatCodec | None = None
-        self._names = {prepared.info.id, prepared.info.path, Path(prepared.info.path).name}
+        self.names = frozenset({prepared.info.id, prepared.info.path, Path(prepared.info.path).name})
+        self.local = LocalReplica(config, prepared.options, supervisor)
 
     async def start(self) -> None:
         """Load the model in its engine, then its vocabulary here. Raises StartupError, EngineFailed.
@@ -132,7 +144,8 @@ class Node:
 
     def models(self) -> tuple[ModelInfo, ...]:
         """See `core.Service`."""
-        return (self._prepared.info,)
+        others = self._swarm.models.infos() if self._swarm else ()
+        return (self._prepared.info, *(info for info in others if info.id not in self.names))
 
     def snapshot(self) -> NodeSnapshot:
         """See `core.Service`."""
@@ -145,120 +158,139 @@ class Node:
             slots=self._prepared.options.slots,
             slots_busy=stats.slots_busy,
             ctx_size=self._prepared.options.ctx_size,
-            queued=max(0, self._supervisor.active - stats.slots_busy),
+            queued=max(0, self.local.ahead - stats.slots_busy),
             running=stats.slots_busy,
             restarts=status.restarts,
             prefill_tps=stats.prefill_tps,
             decode_tps=stats.decode_tps,
         )
 
-    def limits(self) -> Limits:
+    def swarm_status(self) -> SwarmStatus:
+        """The swarm as this node sees it, for /swarm/status."""
+        return self._swarm.status() if self._swarm else SwarmStatus(at=time.time())
+
+    def limits(self, model: str | None = None) -> Limits:
         """See `core.Service`."""
-        return Limits(
-            ctx_size=self._supervisor.status.ctx_size or self._prepared.options.ctx_size,
-            n_vocab=self._prepared.info.n_vocab,
-        )
+        if self._swarm and model is not None and model not in self.names and (offer := self._swarm.models.offer(model)):
+            return Limits(ctx_size=offer.ctx_size, n_vocab=offer.n_vocab)
+        return Limits(ctx_size=self.local.ctx_size, n_vocab=self._prepared.info.n_vocab)
 
     async def tokenize_chat(
         self, model: str, messages: Sequence[ChatMessage], extra: dict[str, Any] | None = None
     ) -> tuple[int, ...]:
         """See `core.Service`."""
-        codec = self._ready_codec(model)
+        codec = await self._codec_of(model)
         return tuple(await asyncio.to_thread(codec.tokenize_chat, messages, extra))
 
     async def tokenize_text(self, model: str, text: str) -> tuple[int, ...]:
         """See `core.Service`."""
-        codec = self._ready_codec(model)
+        codec = await self._codec_of(model)
         return tuple(await asyncio.to_thread(codec.tokenize_text, text))
 
-    def _ready_codec(self, model: str) -> ChatCodec:
-        if model not in self._names:
+    async def _codec_of(self, model: str) -> ChatCodec:
+        if model not in self.names:
+            if self._swarm and self._swarm.models.offer(model):
+                return await self._swarm.models.codec(model)
             raise UnknownModel(f"model {model!r} is not served here; this node serves {self._prepared.info.id!r}")
-        if self._codec is None or self._supervisor.status.state in ("failed", "stopped"):
+        if self._codec is None:
             raise NotReady(self.snapshot().detail or "the model is still loading")
+        if not self.local.usable and not (self._swarm and self._swarm.models.offer(self._prepared.info.id)):
+            raise NotReady(self.snapshot().detail)
         return self._codec
 
     # -- generation --------------------------------------------------------------------------------------------------
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """See `core.Service`."""
-        codec = self._ready_codec(request.model)
-        request = self._admit(request)
-        stream = self._supervisor.submit(request)
+        codec = await self._codec_of(request.model)
         text = TextStream(codec.piece, request.stop)
+        clock = asyncio.get_running_loop().time
         timeout = request.deadline_s or self._config.server.request_timeout_s or None
         try:
-            async with asyncio.timeout(timeout):
-                async for event in _events(stream, text, asyncio.get_running_loop().time):
+            async with asyncio.timeout(timeout), aclosing(self._routed(request, timeout)) as parts:
+                async for event in _events(parts, text, len(request.prompt), clock):
                     yield event
         except TimeoutError:
             raise Cancelled(f"the request took longer than its limit of {timeout:g} s") from None
-        finally:
-            if not stream.finished:
-                self._supervisor.cancel(stream)
 
-    def _admit(self, request: GenerateRequest) -> GenerateRequest:
-        ctx_size = self.limits().ctx_size
-        if len(request.prompt) >= ctx_size:
-            raise PromptTooLong(
-                f"the prompt has {len(request.prompt)} tokens and a slot holds {ctx_size} with the answer; "
-                f"shorten it, or start swarmcpp with a larger --ctx-size",
-                param="messages",
-            )
-        waiting = self._supervisor.active - self._prepared.options.slots
-        if waiting >= self._config.server.queue_size:
-            raise QueueFull(
-                f"all {self._prepared.options.slots} slots are busy and {waiting} requests wait; try again later",
-                retry_after=min(MAX_RETRY_AFTER_S, 1.0 + waiting / max(1, self._prepared.options.slots)),
-            )
-        return replace(request, max_tokens=min(request.max_tokens, ctx_size - len(request.prompt)))
+    async def _routed(
+        self, request: GenerateRequest, timeout: float | None
+    ) -> AsyncGenerator[tuple[str, TokenPart], None]:
+        """Tokens with the route that they came by, from one replica after another until one has finished."""
+        if self._swarm is None:
+            async with aclosing(self.local.tokens(self.local.admit(request))) as parts:
+                async for part in parts:
+                    yield "local", part
+            return
+        local = self.local if request.model in self.names else None
+        async with aclosing(self._swarm.requests.tokens(request, local, timeout)) as routed:
+            async for each in routed:
+                yield each
 
 
-async def _events(stream: EngineStream, text: TextStream, clock: Callable[[], float]) -> AsyncGenerator[Event, None]:
-    """Tokens of a stream as text events, then Done."""
-    first: TokenOut | None = None
+async def _events(
+    parts: AsyncGenerator[tuple[str, TokenPart], None], text: TextStream, prompt_tokens: int, clock: Callable[[], float]
+) -> AsyncGenerator[Event, None]:
+    """Tokens of a request as text events, then Done."""
+    first: TokenPart | None = None
     first_s = 0.0
     count = 0
-    async for out in stream:
+    async for route, part in parts:
         if first is None:
-            first, first_s = out, clock()
-        count += 1
-        # A token that ends the generation says nothing, even where the vocabulary gives it a text.
-        piece = "" if out.finish == "stop" else text.feed(out.token)
-        reason: FinishReason | None = "stop" if text.stopped else out.finish
-        if reason:
-            piece += text.finish()
+            first, first_s = part, clock()
+            yield Started(route, part.queue_s, part.fetch_s, part.prefill_s)
+        pieces: list[str] = []
+        reason: FinishReason | None = None
+        for number, token in enumerate(part.tokens, 1):
+            count += 1
+            finish = part.finish if number == len(part.tokens) else None
+            # A token that ends the generation says nothing, even where the vocabulary gives it a text.
+            pieces.append("" if finish == "stop" else text.feed(token))
+            reason = "stop" if text.stopped else finish
+            if reason:
+                break
+        if reason or part.finish:
+            pieces.append(text.finish())
             # A stop string that only the last, incomplete text completed.
-            reason = "stop" if text.stopped else reason
-        yield TextEvent(piece, (out.token,))
+            reason = "stop" if text.stopped else reason or part.finish
+        yield TextEvent("".join(pieces), part.tokens)
         if reason:
             timings = Timings(queue_s=first.queue_s, prefill_s=first.prefill_s, decode_s=clock() - first_s)
-            yield Done(reason, Usage(len(stream.request.prompt), count, first.cached_tokens, first.tier), timings)
+            yield Done(reason, Usage(prompt_tokens, count, first.cached_tokens, first.tier), timings)
             return
 
 
-def open_cache(config: Config, prepared: Prepared, layout: KvLayout) -> PrefixCache | None:
-    """The node's blocks for a context of this shape; None, with a line in the log, when there can be none. Blocking."""
+@dataclass(frozen=True, slots=True)
+class OpenedCache:
+    """What the cache and the swarm need to know of the model's KV: the files' manifest and the root of block keys."""
+
+    manifest: Manifest
+    root: bytes
+    cache: PrefixCache | None
+
+
+def open_cache(config: Config, prepared: Prepared, layout: KvLayout) -> OpenedCache:
+    """The node's blocks for a context of this shape; without a cache, and a line in the log, if there can be none.
+
+    Blocking.
+    """
     block_tokens = config.inference.prefix_cache_block_tokens
+    manifest = manifest_of(prepared.model.files, config.storage.data_dir)
     identity = KvIdentity(
-        fingerprint=fingerprint(prepared.model.files, config.storage.data_dir),
-        block_tokens=block_tokens,
-        kv_types=(layout.k_type, layout.v_type),
+        fingerprint=manifest.fingerprint, block_tokens=block_tokens, kv_types=(layout.k_type, layout.v_type)
     )
+    root = identity.root()
     directory = config.storage.data_dir / "arena"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         default = min(disk_free(directory) // DISK_SHARE, prepared.hardware.memory_total // MEMORY_SHARE)
         size = config.storage.cache_bytes
-        arena = Arena.open(
-            directory, identity.root(), layout.token_bytes * block_tokens, size, default, prepared.info.path
-        )
+        arena = Arena.open(directory, root, layout.token_bytes * block_tokens, size, default, prepared.info.path)
     except OSError as error:
         logger.warning("no cache on disk: %s", error)
-        return None
-    if arena is None:
-        return None
-    return PrefixCache(arena, identity, config.inference.prefix_cache_max_entries)
+        arena = None
+    cache = PrefixCache(arena, identity, config.inference.prefix_cache_max_entries) if arena else None
+    return OpenedCache(manifest, root, cache)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +302,8 @@ class Serving:
     url: str
     cache_bytes: int
     """Size of the arena on disk; 0: none."""
+    token: JoinToken | None = None
+    """What another machine needs to join; None: the node is in no swarm."""
 
 
 async def run(
@@ -277,21 +311,27 @@ async def run(
     path: Path,
     *,
     name: str | None = None,
+    swarm: Swarm | None = None,
     on_progress: Callable[[EngineStatus], None] = lambda _status: None,
     on_ready: Callable[[Serving], None] = lambda _serving: None,
     stop: asyncio.Event | None = None,
 ) -> None:
     """Serve `path` until `stop` is set. Raises StartupError when it cannot start, SwarmError when it cannot go on.
 
-    The port is bound before the model loads, so a port in use is reported at once and /health answers meanwhile.
+    The port is bound before the model loads, so a port in use is reported at once and /health answers meanwhile. A
+    `swarm` has been started; the caller closes it.
     """
     prepared = await asyncio.to_thread(prepare, config, path, name)
-    supervisor = EngineSupervisor(
-        prepared.options,
-        on_change=on_progress,
-        open_cache=lambda layout: open_cache(config, prepared, layout),
-    )
-    node = Node(config, prepared, supervisor)
+    loop = asyncio.get_running_loop()
+
+    def open_for(layout: KvLayout) -> PrefixCache | None:
+        opened = open_cache(config, prepared, layout)
+        if swarm:
+            loop.call_soon_threadsafe(_share, swarm, opened, layout)
+        return opened.cache
+
+    supervisor = EngineSupervisor(prepared.options, on_change=on_progress, open_cache=open_for)
+    node = Node(config, prepared, supervisor, swarm)
     server = await _start_server(config, node)
     stop = stop or asyncio.Event()
     try:
@@ -304,13 +344,45 @@ async def run(
                 await started
             return
         await started
+        if swarm:
+            await _offer(swarm, node, prepared, config)
         cache = supervisor.cache
         cache_bytes = cache.n_blocks * cache.block_bytes if cache else 0
-        on_ready(Serving(prepared, supervisor.status, server.url, cache_bytes))
+        on_ready(Serving(prepared, supervisor.status, server.url, cache_bytes, swarm.token if swarm else None))
         await stopping
     finally:
         await node.close()
         await server.close()
+
+
+def _share(swarm: Swarm, opened: OpenedCache, layout: KvLayout) -> None:
+    if opened.cache:
+        swarm.blocks.use(opened.cache, opened.root, layout.token_bytes)
+
+
+async def _offer(swarm: Swarm, node: Node, prepared: Prepared, config: Config) -> None:
+    """Tell the swarm what this node serves now."""
+    manifest = await asyncio.to_thread(manifest_of, prepared.model.files, config.storage.data_dir)
+    info = prepared.info
+    offer = ModelOffer(
+        id=info.id,
+        fingerprint=manifest.fingerprint,
+        root=swarm.blocks.root,
+        architecture=info.architecture,
+        description=info.description,
+        size_bytes=info.size_bytes,
+        n_params=info.n_params,
+        n_vocab=info.n_vocab,
+        n_ctx_train=info.n_ctx_train,
+        n_layers=info.n_layers,
+        first=0,
+        last=info.n_layers,
+        token_bytes=swarm.blocks.token_bytes,
+        ctx_size=node.local.ctx_size,
+        slots=node.local.slots,
+        created=info.created,
+    )
+    swarm.serve(Served(node.local, offer, node.names), manifest, prepared.model.files)
 
 
 async def _start_server(config: Config, node: Node) -> RunningServer:
@@ -321,4 +393,6 @@ async def _start_server(config: Config, node: Node) -> RunningServer:
         max_body_bytes=server.max_body_bytes,
         write_timeout_s=server.write_timeout_s,
     )
-    return await start_server(build_app(node, options), server.host, server.port)
+    app = build_app(node, options)
+    add_routes(app, node)
+    return await start_server(app, server.host, server.port)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import secrets
 import signal
 import sys
 import tempfile
@@ -52,6 +53,9 @@ STOP_GRACE_S = 3.0
 FAULT_EXIT = 1
 """Exit code of an engine that sent a Fault (and of one with an uncaught exception)."""
 
+CHECK_S = 10.0
+"""How long the block of a finished check is waited for."""
+
 LAST_WORDS_S = 1.0
 """How long the messages and the stderr of an engine that exited are waited for."""
 
@@ -74,6 +78,8 @@ class EngineStream:
         self.ready: deque[TokenOut] = deque()
         self.error: SwarmError | None = None
         self.lease: Lease | None = None
+        self.chain: tuple[tuple[int, ...], str] | None = None
+        """Tokens and salt whose blocks are loaded in place of the request's own; see `EngineSupervisor.recompute`."""
         self.wake = asyncio.Event()
 
     def push(self, out: TokenOut) -> None:
@@ -122,6 +128,14 @@ class Incarnation:
         self.directory.cleanup()
 
 
+@dataclass(slots=True)
+class _Check:
+    """A block that is computed again, see `EngineSupervisor.recompute`."""
+
+    key: bytes = b""
+    stored: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
     """State of the supervised engine. `detail` says why it is not ready; `pid` is 0 when none runs."""
@@ -156,6 +170,8 @@ class EngineSupervisor:
         self.cache: PrefixCache | None = None
         """The node's blocks, once an engine has told the shape of its KV."""
         self._streams: dict[int, EngineStream] = {}
+        self._checks: dict[str, _Check] = {}
+        """By salt."""
         self._serial = 0
         self._deaths = 0
         self._incarnation: Incarnation | None = None
@@ -382,11 +398,15 @@ class EngineSupervisor:
         """Requests that are waiting or running."""
         return len(self._streams)
 
-    def submit(self, request: GenerateRequest) -> EngineStream:
-        """Queue a request; while an engine restarts it waits for the next one. Raises NotReady, WireError."""
+    def submit(self, request: GenerateRequest, *, chain: tuple[tuple[int, ...], str] | None = None) -> EngineStream:
+        """Queue a request; while an engine restarts it waits for the next one. Raises NotReady, WireError.
+
+        `chain`: tokens and salt whose blocks are loaded in place of the request's own.
+        """
         if self.status.state in ("failed", "stopped"):
             raise NotReady(self.status.detail or "the engine is not running")
         stream = EngineStream(request)
+        stream.chain = chain
         if self._incarnation and self.status.state == "ready":
             self._place(self._incarnation, stream)
         else:
@@ -401,7 +421,8 @@ class EngineSupervisor:
         request = replace(stream.request, generated=tuple(stream.tokens))
         if self.cache:
             self._end_lease(stream)
-            stream.lease = self.cache.lease((*request.prompt, *request.generated), request.cache_salt)
+            chain = stream.chain or ((*request.prompt, *request.generated), request.cache_salt)
+            stream.lease = self.cache.lease(*chain)
         blocks = stream.lease.refs if stream.lease else ()
         try:
             incarnation.link.send(Submit(serial=self._serial, request=request, blocks=blocks))
@@ -437,7 +458,11 @@ class EngineSupervisor:
     def _on_full(self, incarnation: Incarnation, full: BlocksFull) -> None:
         if self.cache is None:
             return
-        grant = self.cache.grant(full.tokens, full.salt)
+        check = self._checks.get(full.salt)
+        if check:
+            grant, check.key = self.cache.grant_check(full.tokens, full.salt)
+        else:
+            grant = self.cache.grant(full.tokens, full.salt)
         if grant.grants:
             incarnation.grants.setdefault(full.serial, deque()).append(grant)
             incarnation.link.send(StoreBlocks(serial=full.serial, grants=grant.grants))
@@ -446,9 +471,42 @@ class EngineSupervisor:
         waiting = incarnation.grants.get(stored.serial)
         if self.cache is None or not waiting:
             return
-        self.cache.enter(waiting.popleft(), stored.written)
+        grant = waiting.popleft()
+        self.cache.enter(grant, stored.written)
         if not waiting:
             del incarnation.grants[stored.serial]
+        for check in self._checks.values():
+            if any(block.key == check.key for block in grant.blocks.values()):
+                check.stored.set()
+
+    async def recompute(self, tokens: tuple[int, ...], salt: str, block_tokens: int) -> bytes | None:
+        """Compute the last full block of `tokens` again, on top of the blocks before it that the arena has.
+
+        `tokens` has at least one token after that block. Returns the key under which the arena holds the result until
+        the caller drops it; None when that could not be done. Raises NotReady, EngineFailed.
+        """
+        if self.cache is None:
+            return None
+        before = (len(tokens) // block_tokens - 1) * block_tokens
+        # A salt of its own: nothing else is read from what this computes, and it is stored under a key of its own.
+        own_salt = f"check {secrets.token_hex(16)}"
+        request = GenerateRequest(own_salt, "", tokens, 1, cache_salt=own_salt)
+        check = self._checks[own_salt] = _Check()
+        try:
+            stream = self.submit(request, chain=(tokens[: before + 1], salt))
+            try:
+                async for _ in stream:
+                    pass
+                async with asyncio.timeout(CHECK_S):
+                    await check.stored.wait()
+            except TimeoutError:
+                return None
+            finally:
+                if not stream.finished:
+                    self.cancel(stream)
+        finally:
+            del self._checks[own_salt]
+        return check.key
 
     def _end_blocks(self, incarnation: Incarnation) -> None:
         """An engine is gone: nothing is read or written by it any more."""

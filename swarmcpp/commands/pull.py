@@ -34,27 +34,33 @@ def download(entry: CatalogueEntry, directory: Path, console: Console) -> Path:
 
     Raises DownloadFailed, and KeyboardInterrupt after a note on how to go on.
     """
-    part = PartialFile(directory / entry.file)
-    resumed = f", {terminal.size_text(part.size)} of it already here" if part.size else ""
-    size = terminal.size_text(entry.size_hint)
-    console.print(f"downloading {entry.title}, about {size}{resumed}, licence {entry.licence}", soft_wrap=True)
-    console.print(f"from {entry.url}\nto {part.final}", style="dim", soft_wrap=True)
-    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
     try:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("connecting", total=None)
-
-            def show(now: PullProgress) -> None:
-                progress.update(task, completed=now.done, total=now.total, description=progress_text(now))
-
-            return asyncio.run(pull(entry, directory, progress=show))
+        return asyncio.run(download_async(entry, directory, console))
     except KeyboardInterrupt:
+        part = PartialFile(directory / entry.file)
         if part.size:
             console.print(
                 f"stopped; {terminal.size_text(part.size)} stay in {part.path}: the same command goes on from there",
                 soft_wrap=True,
             )
         raise
+
+
+async def download_async(entry: CatalogueEntry, directory: Path, console: Console) -> Path:
+    """As `download`, on a running event loop."""
+    part = PartialFile(directory / entry.file)
+    resumed = f", {terminal.size_text(part.size)} of it already here" if part.size else ""
+    size = terminal.size_text(entry.size_hint)
+    console.print(f"downloading {entry.title}, about {size}{resumed}, licence {entry.licence}", soft_wrap=True)
+    console.print(f"from {entry.url}\nto {part.final}", style="dim", soft_wrap=True)
+    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("connecting", total=None)
+
+        def show(now: PullProgress) -> None:
+            progress.update(task, completed=now.done, total=now.total, description=progress_text(now))
+
+        return await pull(entry, directory, progress=show)
 
 
 def progress_text(now: PullProgress) -> str:

@@ -16,17 +16,32 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from swarmcpp import node
 from swarmcpp.commands import terminal
 from swarmcpp.commands.pull import download, user_catalogue
-from swarmcpp.config import Config, LoadedConfig
+from swarmcpp.commands.swarm import in_swarm
+from swarmcpp.config import Config, LoadedConfig, is_loopback
 from swarmcpp.errors import BadConfig
 from swarmcpp.models.download import resolve_model
 from swarmcpp.supervisor import EngineStatus
+from swarmcpp.swarm.identity import JoinToken
+from swarmcpp.swarm.store import SwarmStore
+from swarmcpp.swarming.swarm import Swarm
 
 
 def run(loaded: LoadedConfig) -> None:
     """Serve until SIGINT or SIGTERM. Raises StartupError when it cannot start, SwarmError when it cannot go on."""
     console = terminal.stderr()
     path, name = find_model(loaded.config, console)
-    asyncio.run(_serve(loaded.config, path, name, console))
+    asyncio.run(_run(loaded.config, path, name, console))
+
+
+async def _run(config: Config, path: Path, name: str | None, console: Console) -> None:
+    stop = stop_on_signals()
+    store = SwarmStore(config.storage.data_dir)
+    state = await asyncio.to_thread(store.load)
+    key = state.key if state else await asyncio.to_thread(store.rotate)
+    peers = state.peers if state else ()
+    # Who has peers has said before that this machine's network may come in.
+    async with in_swarm(config, store, key, peers, lan=config.swarm.enabled or bool(peers)) as swarm:
+        await serve(config, path, name, console, swarm=swarm, stop=stop)
 
 
 def find_model(config: Config, console: Console) -> tuple[Path, str | None]:
@@ -44,9 +59,10 @@ def find_model(config: Config, console: Console) -> tuple[Path, str | None]:
     return download(found, storage.models_dir, console), found.name
 
 
-async def _serve(config: Config, path: Path, name: str | None, console: Console) -> None:
-    stop = asyncio.Event()
-    _on_signals(stop.set)
+async def serve(
+    config: Config, path: Path, name: str | None, console: Console, *, swarm: Swarm, stop: asyncio.Event
+) -> None:
+    """Serve `path` as a node of `swarm` until `stop`, telling the terminal how it goes."""
     view = LoadingView(console, name or path.name)
 
     def ready(serving: node.Serving) -> None:
@@ -54,9 +70,16 @@ async def _serve(config: Config, path: Path, name: str | None, console: Console)
         terminal.stdout().print(ready_text(serving, with_key=config.server.api_key is not None), soft_wrap=True)
 
     try:
-        await node.run(config, path, name=name, on_progress=view.update, on_ready=ready, stop=stop)
+        await node.run(config, path, name=name, swarm=swarm, on_progress=view.update, on_ready=ready, stop=stop)
     finally:
         view.close()
+
+
+def stop_on_signals() -> asyncio.Event:
+    """Set at the first SIGINT or SIGTERM."""
+    stop = asyncio.Event()
+    _on_signals(stop.set)
+    return stop
 
 
 def _on_signals(stop: Callable[[], None]) -> None:
@@ -124,4 +147,14 @@ def ready_text(serving: node.Serving, *, with_key: bool) -> str:
         f"ready: {info.id} at {serving.url}/v1\n"
         f"  {slots}, {memory} of memory, {threads} thread{'' if threads == 1 else 's'}, {cache}\n"
         f"  curl {serving.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {data}"
+        f"{_join_text(serving.token)}"
     )
+
+
+def _join_text(token: JoinToken | None) -> str:
+    """How another machine becomes a part of this."""
+    if token is None:
+        return ""
+    if all(is_loopback(address.host) for address in token.addresses):
+        return f"\n  another node on this machine (--swarm lets others in): swarmcpp join {token}"
+    return f"\n  on another machine: swarmcpp join {token}"

@@ -23,6 +23,10 @@ from swarmcpp.wire import MAX_FRAME, FromEngine, ToEngine, decode, encode
 _HIGH_WATER = 10_000
 """Messages. Admission bounds what a node sends far below; an engine that far behind is not reading at all."""
 
+_CURVE_OVERHEAD = 64
+"""Bytes by which CURVE may lengthen a frame (33 now): ZeroMQ compares what is on the wire with its size limit, and a
+frame beyond it ends the connection, with everything that was under way on it."""
+
 Ticket = dict[str, str]
 """What an engine needs to connect; handed over on its stdin, never on the command line."""
 
@@ -123,4 +127,4 @@ class WorkerLink:
 def _configure(socket: Any) -> None:
     socket.linger = 0
     socket.sndhwm = socket.rcvhwm = _HIGH_WATER
-    socket.maxmsgsize = MAX_FRAME
+    socket.maxmsgsize = MAX_FRAME + _CURVE_OVERHEAD

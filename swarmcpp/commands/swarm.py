@@ -1,0 +1,67 @@
+"""Starting a node's part in a swarm: which key, which addresses, and what a terminal is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from swarmcpp.config import Config, SwarmConfig, is_loopback
+from swarmcpp.errors import BadConfig, PortInUse
+from swarmcpp.peers import Address
+from swarmcpp.swarm.discovery import lan_addresses
+from swarmcpp.swarm.identity import SwarmKey
+from swarmcpp.swarm.store import SwarmStore
+from swarmcpp.swarming.swarm import Swarm
+
+LOOPBACK = "127.0.0.1"
+DEFAULT_PORT = SwarmConfig().port
+TWIN_S = 0.5
+"""How long a start waits to hear that another node has its identity."""
+
+
+def listen_hosts(config: Config, *, lan: bool) -> Sequence[str]:
+    """Where the swarm port listens. Raises BadConfig when it shall be on the network and there is none."""
+    if config.swarm.host:
+        return (config.swarm.host,)
+    if not lan:
+        return (LOOPBACK,)
+    found = lan_addresses()
+    if not found:
+        raise BadConfig("this machine is in no network: connect it, or name an address with --swarm-host")
+    return found
+
+
+@asynccontextmanager
+async def in_swarm(
+    config: Config, store: SwarmStore, key: SwarmKey, known: Sequence[Address], *, lan: bool
+) -> AsyncIterator[Swarm]:
+    """A started part in the swarm of `key`, closed at the end. Raises BadConfig, PortInUse."""
+    hosts = listen_hosts(config, lan=lan)
+    identity = await asyncio.to_thread(store.take_identity)
+    port = config.swarm.port
+    try:
+        while True:
+            swarm = Swarm(config, key, store, identity)
+            try:
+                await _start(swarm, config, hosts, port, known)
+                if swarm.mesh.twin is None:
+                    yield swarm
+                    return
+                identity = await asyncio.to_thread(store.renew_identity)
+            except PortInUse:
+                # Nobody chose the default: a second node on this machine takes another port.
+                if port != DEFAULT_PORT:
+                    raise
+                port = 0
+            finally:
+                await swarm.close()
+    finally:
+        store.close()
+
+
+async def _start(swarm: Swarm, config: Config, hosts: Sequence[str], port: int, known: Sequence[Address]) -> None:
+    discover = config.swarm.discovery and not all(is_loopback(host) for host in hosts)
+    await swarm.start(hosts, port, known, discover=discover)
+    if any(address.key == swarm.public_key for address in known):
+        await asyncio.sleep(TWIN_S)

@@ -1,0 +1,436 @@
+"""The mesh: a node's links to all others of its swarm, and what it knows of them.
+
+Every node dials every other one: its requests and subscriptions go out on its own links, so the news that it believes
+comes from whom it dialled and who proved a key there. Addresses come from the join token, from mDNS, from peers that
+say hello and from peers of peers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import zmq.asyncio
+
+from swarmcpp.core import Clock
+from swarmcpp.errors import BadRequest, IdentityTaken, SwarmError, WireError
+from swarmcpp.peers import Address, Capability, NodeId
+from swarmcpp.peerwire import (
+    PROTOCOL,
+    Ask,
+    BlockPage,
+    FetchBlocks,
+    Generate,
+    GetChunk,
+    GetManifest,
+    Gossip,
+    Hello,
+    ListBlocks,
+    Ping,
+    Pong,
+    Welcome,
+)
+from swarmcpp.swarm.announcer import Announcer
+from swarmcpp.swarm.endpoint import Endpoint, Responder
+from swarmcpp.swarm.holders import Holders
+from swarmcpp.swarm.identity import SwarmKey, node_id, valid_address
+from swarmcpp.swarm.links import LinkBook, probe
+from swarmcpp.swarm.membership import Change, Heard, Membership, PeerView, Status, check_capability
+from swarmcpp.swarm.peerlink import PeerLink
+from swarmcpp.swarm.store import Identity
+
+logger = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S = 3.0
+REDIAL_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
+"""Pauses between tries to reach a node. zmq itself reconnects sooner; this is for nodes that answer wrongly or not."""
+
+FORGET_TRIES = 40
+"""Tries in a row (about ten minutes) after which an address that only others named is not dialled any more."""
+
+PROBE_EVERY_S = 10.0
+MAX_PAGES = 1000
+MAX_PEERS = 1024
+MAX_EVENTS = 100
+ANNOUNCED_PEERS = 64
+"""Addresses in a Welcome: any of them leads to the rest."""
+
+
+class Services(Protocol):
+    """What a node does for its peers, beside being there."""
+
+    def capability(self) -> Capability:
+        """What it says of itself now."""
+        ...
+
+    async def generate(self, message: Generate, respond: Responder) -> None:
+        """Run a request; sends its replies."""
+        ...
+
+    async def fetch_blocks(self, message: FetchBlocks, respond: Responder) -> None:
+        """Send blocks."""
+        ...
+
+    async def list_blocks(self, message: ListBlocks, respond: Responder) -> None:
+        """Send a page of block ids."""
+        ...
+
+    async def model_file(self, message: GetManifest | GetChunk, respond: Responder) -> None:
+        """Send a manifest or a chunk of a model's files."""
+        ...
+
+
+@dataclass(slots=True)
+class _Dial:
+    """A node that is or will be dialled; `kept` ones are never given up."""
+
+    addresses: deque[Address]
+    kept: bool
+    link: PeerLink | None = None
+    node: NodeId | None = None
+    """Set while the link is greeted."""
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+    refused: str = ""
+
+
+class Mesh:
+    """One node's place in its swarm. Every method runs on the event loop of `start`."""
+
+    def __init__(
+        self,
+        key: SwarmKey,
+        identity: Identity,
+        services: Services,
+        *,
+        clock: Clock,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._key = key
+        self._identity = identity
+        self._services = services
+        self._clock = clock
+        self._sleep = sleep
+        self._context = zmq.asyncio.Context(io_threads=1)
+        self._dials: dict[str, _Dial] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._met: set[tuple[str, int]] = set()
+        self._learning: dict[NodeId, bool] = {}
+        """Peers that are being listed; True: once more afterwards."""
+        self._closed = False
+        self.endpoint = Endpoint(identity.keys, key.member.public, self._handle)
+        self.membership = Membership(identity.node_id, identity.boot, clock)
+        self.announcer = Announcer(identity.node_id, identity.boot, clock)
+        self.holders = Holders()
+        self.links = LinkBook(clock)
+        self.events: deque[tuple[float, str]] = deque(maxlen=MAX_EVENTS)
+        """(clock, what happened), newest last."""
+        self.changed = asyncio.Event()
+        """Set whenever something of the swarm changed."""
+        self.twin: Address | None = None
+        """Where another node with this node's identity is."""
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to gossip; the endpoint must be listening."""
+        self._spawn(self._gossip(), "gossip")
+        self._spawn(self._watch(), "membership")
+
+    async def close(self) -> None:
+        """Say that this node leaves, and close every link."""
+        if self._closed:
+            return
+        self._closed = True
+        for gossip in self.announcer.leave():
+            self.endpoint.publish(gossip)
+        tasks = [*self._tasks, *(dial.task for dial in self._dials.values() if dial.task)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for dial in self._dials.values():
+            if dial.link:
+                await dial.link.aclose()
+        await self.endpoint.aclose()
+        self._context.destroy(linger=0)
+
+    def _spawn(self, work: Awaitable[None], name: str) -> asyncio.Task[None]:
+        async def root() -> None:
+            try:
+                await work
+            except Exception:
+                logger.exception("the swarm's %s task failed", name)
+
+        task = asyncio.create_task(root(), name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _capability(self) -> Capability:
+        return self.announcer.stamped(self._services.capability())
+
+    def note(self, text: str) -> None:
+        """Remember an event for `status`, and log it."""
+        logger.info("swarm: %s", text)
+        self.events.append((self._clock(), text))
+        self.changed.set()
+
+    # -- peers ---------------------------------------------------------------------------------------------------
+
+    def caller(self, node: NodeId) -> PeerLink | None:
+        """The link to a peer that has been greeted and is not lost."""
+        for dial in self._dials.values():
+            if dial.node == node and dial.link is not None:
+                return dial.link
+        return None
+
+    def callers(self) -> dict[NodeId, PeerLink]:
+        """All greeted links."""
+        return {dial.node: dial.link for dial in self._dials.values() if dial.node and dial.link}
+
+    def name(self, node: NodeId) -> str:
+        """What a node calls itself; its id when that is not known."""
+        view = self.membership.get(node)
+        return view.capability.name if view and view.capability.name else node
+
+    def addresses(self) -> tuple[Address, ...]:
+        """Addresses of greeted peers, to be remembered and told to others."""
+        return tuple(dial.link.address for dial in self._dials.values() if dial.node and dial.link)
+
+    def refusals(self) -> dict[Address, str]:
+        """Why addresses that were dialled could not be greeted, so far."""
+        return {dial.addresses[0]: dial.refused for dial in self._dials.values() if not dial.node and dial.refused}
+
+    def dial(self, addresses: Sequence[Address], *, kept: bool = False) -> None:
+        """Try to reach a node at these addresses (all of one key), now and again. `kept`: for ever."""
+        # Most come from other machines, and zmq reads more in a host than its name.
+        addresses = [address for address in addresses if valid_address(address)]
+        if self._closed or not addresses:
+            return
+        key = addresses[0].key
+        if key == self._identity.keys.public:
+            self._meet_self(addresses)
+            return
+        known = self._dials.get(key)
+        if known is None:
+            if len(self._dials) >= MAX_PEERS:
+                return
+            known = self._dials[key] = _Dial(deque(maxlen=16), kept)
+            known.task = asyncio.create_task(self._attend(key, known), name=f"peer {addresses[0]}")
+        known.kept |= kept
+        for address in addresses:
+            if address.key == key and address not in known.addresses:
+                known.addresses.append(address)
+
+    def _meet_self(self, addresses: Sequence[Address]) -> None:
+        """Somebody announces this node's own key: this node under another address, or a copy of its identity."""
+        own = {(address.host, address.port) for address in self._capability().addresses}
+        for address in addresses:
+            if (address.host, address.port) not in own | self._met:
+                self._met.add((address.host, address.port))
+                self._spawn(self._ask_twin(address), "twin")
+
+    async def _ask_twin(self, address: Address) -> None:
+        link = self._link(address)
+        try:
+            await link.ask(Hello(PROTOCOL, PROTOCOL, self._capability()), timeout_s=HELLO_TIMEOUT_S)
+        except IdentityTaken:
+            self.twin = address
+            self.note(f"the node at {address} has this node's identity")
+        except SwarmError:
+            pass
+        finally:
+            await link.aclose()
+
+    def _link(self, address: Address, on_lost: Callable[[], None] = lambda: None) -> PeerLink:
+        return PeerLink(address, self._key.member, context=self._context, on_news=self._hear, on_lost=on_lost)
+
+    async def _attend(self, key: str, dial: _Dial) -> None:
+        """Keep one link: greet, wait until it is lost, greet again."""
+        failures = 0
+        while dial.kept or failures < FORGET_TRIES:
+            address = dial.addresses[0]
+            try:
+                await self._greet(address, dial)
+            except asyncio.CancelledError:
+                raise
+            except SwarmError as error:
+                reason = (dial.link.refusal if dial.link else "") or str(error)
+                if reason != dial.refused:
+                    logger.info("swarm: %s cannot be greeted: %s", address, reason)
+                dial.refused = reason
+                self.changed.set()
+                failures += 1
+                dial.addresses.rotate(-1)
+                # Jitter: nodes that lost each other at one moment shall not meet at one moment again and again.
+                pause = REDIAL_S[min(failures, len(REDIAL_S)) - 1]
+                await self._sleep(pause * random.uniform(0.8, 1.2))
+                continue
+            failures = 0
+            await dial.lost.wait()
+            self._lose(dial)
+        if dial.link:
+            await dial.link.aclose()
+        self._dials.pop(key, None)
+
+    async def _greet(self, address: Address, dial: _Dial) -> None:
+        """Hello, then everything that this node wants to know. Raises SwarmError."""
+        if dial.link is None or dial.link.address != address:
+            if dial.link is not None:
+                await dial.link.aclose()
+            dial.link = self._link(address, dial.lost.set)
+        link = dial.link
+        dial.lost.clear()
+        hello = Hello(PROTOCOL, PROTOCOL, self._capability())
+        reply, _ = await link.ask(hello, timeout_s=HELLO_TIMEOUT_S)
+        if not isinstance(reply, Welcome):
+            raise WireError(f"{address} answers Hello with {type(reply).__name__}; run the same swarmcpp on both sides")
+        capability = check_capability(reply.capability)
+        if capability.node != node_id(address.key):
+            raise WireError(f"{address} says that it is {capability.node}, which its key denies")
+        heard = self.membership.welcome(capability)
+        if heard in (Heard.OWN, Heard.REPLAY):
+            raise WireError(f"{address} is this node itself")
+        dial.node, dial.refused = capability.node, ""
+        link.subscribe(capability.pub_port)
+        if heard is Heard.NEW:
+            self.holders.forget(capability.node)
+            self.note(f"{capability.name or capability.node} is in the swarm")
+        self._learn_soon(capability.node)
+        for each in reply.peers:
+            self.dial((each,))
+        self.changed.set()
+
+    def _learn_soon(self, node: NodeId) -> None:
+        """Measure the link and list the peer's blocks, unless that is going on: then once more after it."""
+        if node in self._learning:
+            self._learning[node] = True
+            return
+        self._learning[node] = False
+        self._spawn(self._learn(node), "resync")
+
+    async def _learn(self, node: NodeId) -> None:
+        try:
+            while link := self.caller(node):
+                self._learning[node] = False
+                await probe(self.links, node, link)
+                view = self.membership.get(node)
+                for offer in view.capability.models if view else ():
+                    if offer.token_bytes:
+                        await self._list_blocks(link, node, offer.root)
+                if not self._learning[node]:
+                    return
+        finally:
+            self._learning.pop(node, None)
+
+    async def _list_blocks(self, link: PeerLink, node: NodeId, root: bytes) -> None:
+        """All block ids of a peer, in pages. What cannot be had now is asked for at the next gap in its news."""
+        after: bytes | None = b""
+        with contextlib.suppress(SwarmError):
+            for _ in range(MAX_PAGES):
+                page, _ = await link.ask(ListBlocks(root, after or b""), timeout_s=HELLO_TIMEOUT_S)
+                if not isinstance(page, BlockPage):
+                    return
+                after = self.holders.page(node, root, page, after or b"")
+                if after is None:
+                    return
+
+    def _lose(self, dial: _Dial) -> None:
+        if dial.node:
+            self.membership.lost(dial.node)
+            dial.node = None
+        self.changed.set()
+
+    # -- what peers say ------------------------------------------------------------------------------------------
+
+    def _hear(self, gossip: Gossip) -> None:
+        """News from the socket of the node that it is about; PeerLink has checked that."""
+        before = self.membership.get(gossip.node)
+        try:
+            heard = self.membership.hear(gossip)
+        except WireError as error:
+            logger.debug("news of %s is refused: %s", gossip.node, error)
+            return
+        if heard not in (Heard.NEWS, Heard.GAP):
+            if heard is Heard.UNKNOWN:
+                self._greet_again(gossip.node)
+            return
+        self.holders.hear(gossip)
+        if heard is Heard.GAP or _roots(before) != _roots(self.membership.get(gossip.node)):
+            self._learn_soon(gossip.node)
+        self.changed.set()
+
+    def _greet_again(self, node: NodeId) -> None:
+        """A node that is in a new life, which the link may not have noticed."""
+        for dial in self._dials.values():
+            if dial.node == node:
+                dial.lost.set()
+
+    async def _handle(self, ask: Ask, _payload: list[memoryview], respond: Responder) -> None:
+        """Answer one request of a member."""
+        match ask:
+            case Hello():
+                respond.send(self._welcome(ask))
+            case Ping(reply_bytes=count):
+                respond.send(Pong(), (bytes(count),) if count else ())
+            case Generate():
+                await self._services.generate(ask, respond)
+            case FetchBlocks():
+                await self._services.fetch_blocks(ask, respond)
+            case ListBlocks():
+                await self._services.list_blocks(ask, respond)
+            case GetManifest() | GetChunk():
+                await self._services.model_file(ask, respond)
+            case _:
+                raise BadRequest(f"{type(ask).__name__} is no request that can be answered")
+
+    def _welcome(self, hello: Hello) -> Welcome:
+        if not hello.lowest <= PROTOCOL <= hello.highest:
+            raise WireError(
+                f"this node speaks protocol {PROTOCOL}, you speak {hello.lowest} to {hello.highest}; "
+                f"run the same swarmcpp on both sides"
+            )
+        capability = check_capability(hello.capability)
+        if capability.node == self._identity.node_id and capability.boot != self._identity.boot:
+            raise IdentityTaken(f"another node has the identity {capability.node}; take a new one")
+        if capability.node != self._identity.node_id:
+            self.dial([each for each in capability.addresses if node_id(each.key) == capability.node])
+        return Welcome(PROTOCOL, self._capability(), self.addresses()[:ANNOUNCED_PEERS])
+
+    # -- clockwork -----------------------------------------------------------------------------------------------
+
+    async def _gossip(self) -> None:
+        """Publish what is due."""
+        while True:
+            self.announcer.n_nodes = 1 + len(self.callers())
+            for gossip in self.announcer.poll():
+                self.endpoint.publish(gossip)
+            await self._sleep(max(0.02, min(0.25, self.announcer.next_due() - self._clock())))
+
+    async def _watch(self) -> None:
+        """Suspect, bury, and measure links again from time to time."""
+        probed = self._clock()
+        while True:
+            await self._sleep(0.5)
+            for change in self.membership.tick():
+                self._on_change(change)
+            if self._clock() - probed >= PROBE_EVERY_S:
+                probed = self._clock()
+                for node, link in self.callers().items():
+                    await probe(self.links, node, link)
+
+    def _on_change(self, change: Change) -> None:
+        self.note(f"{change.name or change.node} is {change.status}")
+        if change.status is Status.GONE:
+            self.holders.forget(change.node)
+            self.links.forget(change.node)
+
+
+def _roots(view: PeerView | None) -> set[bytes]:
+    return {offer.root for offer in view.capability.models} if view else set()

@@ -1,0 +1,219 @@
+"""Blocks that are shared: this node's for its peers, and theirs for its requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Sequence
+from typing import Final, cast
+
+from swarmcpp.config import Config
+from swarmcpp.core import Clock, GenerateRequest
+from swarmcpp.kv.cache import PrefixCache
+from swarmcpp.llama import kvwire
+from swarmcpp.peers import NodeId
+from swarmcpp.swarm.fetch import FetchResult, PrefixQuery, fetch_prefix
+from swarmcpp.swarm.fetchcontext import FetchContext, FetchSettings
+from swarmcpp.swarm.identity import SwarmKey
+from swarmcpp.swarm.mesh import Mesh
+from swarmcpp.swarm.serving import BlockServer, Governor
+from swarmcpp.swarm.shipping import KvWire
+from swarmcpp.swarm.trust import TrustBook
+from swarmcpp.swarming.models import SwarmModels
+from swarmcpp.telemetry import diag
+
+logger = logging.getLogger(__name__)
+
+MAX_ORIGINS: Final = 65536
+MAX_DIFFERENCE: Final = 0.25
+"""Relative RMS in the worst piece of a block. Other kernels and Q8_0 before it make some percent; KV of other tokens
+differs by more than 1."""
+
+CHECK_POLL_S: Final = 0.5
+CHECK_PATIENCE_S: Final = 60.0
+"""How long a check waits for an idle engine before it is given up."""
+
+
+class SharedBlocks:
+    """One node's arena in its swarm. Used on the event loop's thread."""
+
+    def __init__(
+        self, config: Config, key: SwarmKey, mesh: Mesh, trust: TrustBook, models: SwarmModels, clock: Clock
+    ) -> None:
+        inference = config.inference
+        self._block_tokens = inference.prefix_cache_block_tokens
+        self._key = key
+        self._mesh = mesh
+        self._models = models
+        self._clock = clock
+        self._trust = trust
+        self._random = random.SystemRandom()
+        self._check: asyncio.Task[None] | None = None
+        self._origin: dict[bytes, NodeId] = {}
+        """Who sent a block, by its key."""
+        self.root = b""
+        self.token_bytes = 0
+        self._fetching: dict[bytes, asyncio.Event] = {}
+        self._context = FetchContext(
+            holders=mesh.holders,
+            callers=mesh.caller,
+            links=mesh.links,
+            trust=trust,
+            dequantise=kvwire.dequantise,
+            block_id=key.block_id,
+            settings=FetchSettings(
+                kv_wire=cast(KvWire, inference.kv_wire), trust_min=inference.cross_node_prefix_trust_min
+            ),
+            clock=clock,
+        )
+        self.cache: PrefixCache | None = None
+        self.server: BlockServer | None = None
+
+    @property
+    def can_fetch(self) -> bool:
+        """Whether blocks of peers are used at all."""
+        return self.cache is not None and self._context.settings.trust_min <= 1
+
+    def use(self, cache: PrefixCache, root: bytes, token_bytes: int) -> None:
+        """Share the blocks of a cache, the only one from now on; `root` and `token_bytes` as in the model's offer."""
+        loop = asyncio.get_running_loop()
+        server = BlockServer(root, cache.read_block, kvwire.quantise, self._key.block_id, self._governor())
+        gone = self.server.clear() if self.server else []
+        self.cache, self.server, self.root, self.token_bytes = cache, server, root, token_bytes
+
+        def changed(added: list[bytes], dropped: list[bytes]) -> None:
+            if self.server is server:
+                lost, gained = server.remove(dropped), server.add(added)
+                self._mesh.announcer.blocks_changed(root, gained, lost)
+
+        def from_any_thread(added: list[bytes], dropped: list[bytes]) -> None:
+            # The loop may have ended by then.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(changed, added, dropped)
+
+        cache.on_change = from_any_thread
+        self._mesh.announcer.blocks_changed(root, server.add(cache.all_keys()), gone)
+
+    def _governor(self) -> Governor:
+        def busy() -> bool:
+            served = self._models.served
+            return served is not None and served.replica.supervisor.stats.slots_busy > 0
+
+        return Governor(busy, self._clock)
+
+    def warm(self, request: GenerateRequest) -> tuple[int, dict[NodeId, int]]:
+        """Tokens of a prompt, from the first, whose KV is in the arena here, and that each peer holds."""
+        if self.cache is None:
+            return 0, {}
+        keys, have = self.cache.held((*request.prompt, *request.generated), request.cache_salt)
+        counts: dict[NodeId, int] = {}
+        ids = [self._key.block_id(key) for key in keys]
+        for number, (_, nodes) in enumerate(self._mesh.holders.holders(self.root, ids)):
+            for node in nodes:
+                if counts.get(node, 0) == number:
+                    counts[node] = number + 1
+        return have * self._block_tokens, {node: count * self._block_tokens for node, count in counts.items()}
+
+    async def fetch(self, request: GenerateRequest) -> int:
+        """Bring the blocks of a prompt that peers hold into the arena, where that is worth it; the tokens that came."""
+        cache, served = self.cache, self._models.served
+        if cache is None or served is None:
+            return 0
+        tokens = (*request.prompt, *request.generated)
+        keys, have = cache.held(tokens, request.cache_salt)
+        if have < len(keys) and (running := self._fetching.get(keys[have])):
+            # The same blocks are on their way for another request.
+            await running.wait()
+            keys, have = cache.held(tokens, request.cache_salt)
+        if have == len(keys) or keys[have] in self._fetching:
+            return 0
+        first = keys[have]
+        self._fetching[first] = asyncio.Event()
+        try:
+            prefill_tps = served.replica.supervisor.stats.prefill_tps
+            result = await self._fetch(cache, keys, have, prefill_tps, request.deadline_s)
+        finally:
+            self._fetching.pop(first).set()
+        self._fetched(tokens, request.cache_salt, keys, have, result)
+        return result.blocks * self._block_tokens
+
+    # -- spot checks ---------------------------------------------------------------------------------------------
+
+    def _fetched(
+        self, tokens: tuple[int, ...], salt: str, keys: Sequence[bytes], have: int, result: FetchResult
+    ) -> None:
+        """Note who sent what, and now and then check one block: a digest proves the bytes, not the arithmetic."""
+        for key, peer in zip(keys[have:], result.sources, strict=False):
+            self._origin[key] = peer
+        while len(self._origin) > MAX_ORIGINS:
+            del self._origin[next(iter(self._origin))]
+        if not result.blocks or not result.sources or self._check:
+            return
+        number = self._random.randrange(min(result.blocks, len(result.sources)))
+        peer = result.sources[number]
+        if self._random.random() < self._trust.spot_check_probability(peer):
+            count = (have + number + 1) * self._block_tokens
+            self._check = asyncio.create_task(self._spot_check(tokens[: count + 1], salt, peer), name="spot check")
+            self._check.add_done_callback(self._checked)
+
+    def _checked(self, task: asyncio.Task[None]) -> None:
+        self._check = None
+        if not task.cancelled() and (error := task.exception()):
+            logger.info("a spot check could not be made: %s", error)
+
+    async def _spot_check(self, tokens: tuple[int, ...], salt: str, peer: NodeId) -> None:
+        """Compute the last block of `tokens` again on top of those before it, once the engine is idle, and compare."""
+        served, cache = self._models.served, self.cache
+        if served is None or cache is None:
+            return
+        supervisor = served.replica.supervisor
+        for _ in range(int(CHECK_PATIENCE_S / CHECK_POLL_S)):
+            if not supervisor.active:
+                break
+            await asyncio.sleep(CHECK_POLL_S)
+        else:
+            return
+        key = cache.keys(tokens, salt)[-1]
+        again = await supervisor.recompute(tokens, salt, self._block_tokens)
+        if again is None:
+            return
+        difference = await asyncio.to_thread(cache.compare, key, again)
+        cache.drop([again])
+        diag(logger, "spot-check", peer=peer, tokens=len(tokens) - 1, difference=difference)
+        if difference is not None and difference > MAX_DIFFERENCE:
+            self.poisoned(peer, f"its block differs by {difference:.2f} from what this node computes")
+
+    def poisoned(self, peer: NodeId, why: str) -> None:
+        """A peer sent KV that is not that of its tokens: trust it no more, and drop all that came from it."""
+        self._trust.wrong(peer, why)
+        self._mesh.note(f"{self._mesh.name(peer)} is not trusted any more: {why}")
+        bad = [key for key, origin in self._origin.items() if origin == peer]
+        if self.cache:
+            self.cache.drop(bad)
+        for key in bad:
+            del self._origin[key]
+
+    async def close(self) -> None:
+        """End a check that is under way."""
+        if self._check:
+            self._check.cancel()
+            await asyncio.gather(self._check, return_exceptions=True)
+
+    async def _fetch(
+        self, cache: PrefixCache, keys: Sequence[bytes], have: int, prefill_tps: float, deadline_s: float | None
+    ) -> FetchResult:
+        async def store(first: int, payloads: Sequence[bytes | memoryview], *, exact: bool) -> int:
+            return await asyncio.to_thread(cache.insert, keys, first, payloads, exact=exact)
+
+        query = PrefixQuery(
+            root=self.root,
+            keys=keys,
+            have=have,
+            block_bytes=cache.block_bytes,
+            block_tokens=self._block_tokens,
+            prefill_tps=prefill_tps,
+            deadline_s=deadline_s,
+        )
+        return await fetch_prefix(self._context, query, store)

@@ -1,0 +1,209 @@
+"""A node in its swarm: its links, what it says of itself, and what it does for peers."""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Final
+
+from swarmcpp import __version__
+from swarmcpp.config import Config
+from swarmcpp.core import Clock, GenerateRequest, Limits
+from swarmcpp.errors import UnknownModel
+from swarmcpp.hardware import read_hardware
+from swarmcpp.models.manifest import Manifest
+from swarmcpp.peers import Address, Capability, Load, TokenPart
+from swarmcpp.peerwire import BlockPage, Blocks, Caller, FetchBlocks, Generate, GetChunk, GetManifest, ListBlocks
+from swarmcpp.status import EventRow, SwarmStatus
+from swarmcpp.swarm.discovery import Discovery, lan_addresses
+from swarmcpp.swarm.endpoint import Responder
+from swarmcpp.swarm.identity import MAX_TOKEN_ADDRESSES, JoinToken, SwarmKey
+from swarmcpp.swarm.membership import PeerView, Status
+from swarmcpp.swarm.mesh import Mesh
+from swarmcpp.swarm.modelserver import ModelServer
+from swarmcpp.swarm.remote import serve_generate
+from swarmcpp.swarm.store import Identity, SwarmStore
+from swarmcpp.swarm.trust import TrustBook
+from swarmcpp.swarming.blocks import SharedBlocks
+from swarmcpp.swarming.models import Served, SwarmModels
+from swarmcpp.swarming.requests import Requests
+from swarmcpp.swarming.view import node_row, request_rows
+
+TELL_S: Final = 0.25
+"""How often the node looks at itself for news."""
+
+SAVE_S: Final = 30.0
+"""How often trust and peers are written, when they changed."""
+
+ANY_HOST = ("0.0.0.0", "::")
+
+
+class Swarm:
+    """One node's part in the swarm. Every method runs on the event loop of `start`."""
+
+    def __init__(
+        self, config: Config, key: SwarmKey, store: SwarmStore, identity: Identity, *, clock: Clock = time.monotonic
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._identity = identity
+        self._clock = clock
+        self._hardware = read_hardware()
+        self._addresses: tuple[Address, ...] = ()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._discovery: Discovery | None = None
+        self._files = ModelServer()
+        self.key = key
+        self.mesh = Mesh(key, identity, self, clock=clock)
+        self.trust = TrustBook(store.trust_path, clock)
+        self.models = SwarmModels(self.mesh, config.storage.data_dir)
+        self.blocks = SharedBlocks(config, key, self.mesh, self.trust, self.models, clock)
+        queue_size = config.server.queue_size
+        self.requests = Requests(identity.node_id, queue_size, self.mesh, self.models, self.blocks, clock)
+        self.mesh.announcer.capability(self.capability())
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def start(self, hosts: Sequence[str], port: int, known: Sequence[Address], *, discover: bool) -> None:
+        """Listen at `hosts`, dial whom is known, and look for others on the network. Raises PortInUse."""
+        endpoint = self.mesh.endpoint
+        await endpoint.listen(hosts, port)
+        shown = [each for host in hosts for each in (lan_addresses() if host in ANY_HOST else [host])]
+        self._addresses = tuple(Address(host, endpoint.port, self._identity.keys.public) for host in shown)
+        self.mesh.announcer.capability(self.capability())
+        self.mesh.start()
+        for address in known:
+            self.mesh.dial((address,), kept=True)
+        self._tasks.append(asyncio.create_task(self._clockwork(), name="swarm clockwork"))
+        if discover and self._addresses:
+            self._discovery = Discovery(
+                self.key.swarm_id, self._addresses[0], lambda found: self.mesh.dial((found,)), interfaces=shown
+            )
+            self._tasks.append(asyncio.create_task(self._discovery.start(), name="discovery"))
+
+    async def close(self) -> None:
+        """Leave, and save what is known of peers."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._discovery:
+            await self._discovery.close()
+        await self.blocks.close()
+        await asyncio.to_thread(self._save)
+        await self.mesh.close()
+        self.models.close()
+
+    @property
+    def public_key(self) -> str:
+        """This node's own."""
+        return self._identity.keys.public
+
+    def distrust(self, caller: Caller, why: str) -> None:
+        """A peer, known by its link, did what no honest one does."""
+        for node, link in self.mesh.callers().items():
+            if link is caller:
+                self.trust.wrong(node, why)
+
+    @property
+    def token(self) -> JoinToken:
+        """What another machine needs to join."""
+        return JoinToken(self.key, self._addresses[:MAX_TOKEN_ADDRESSES])
+
+    def serve(self, served: Served, manifest: Manifest, files: Sequence[Path]) -> None:
+        """Offer the local engine, which is ready, and the model's files. Raises BadModel when these are gone."""
+        self._files.offer(manifest, files)
+        self.models.served = served
+        self.mesh.announcer.capability(self.capability())
+
+    async def _clockwork(self) -> None:
+        """Tell news of this node, and save now and then."""
+        saved = self._clock()
+        while True:
+            await asyncio.sleep(TELL_S)
+            self.mesh.announcer.capability(self.capability())
+            if self._clock() - saved >= SAVE_S:
+                saved = self._clock()
+                await asyncio.to_thread(self._save)
+
+    def _save(self) -> None:
+        self.trust.save()
+        self._store.remember(self.mesh.addresses())
+
+    def capability(self) -> Capability:
+        """See `mesh.Services`."""
+        served, cache = self.models.served, self.blocks.cache
+        load = served.replica.load(self.requests.tally.ttft_s) if served else Load()
+        return Capability(
+            node=self._identity.node_id,
+            boot=self._identity.boot,
+            name=self._config.swarm.name or platform.node(),
+            addresses=self._addresses,
+            pub_port=self.mesh.endpoint.pub_port,
+            version=__version__,
+            state=served.replica.supervisor.status.state if served else "starting",
+            cpu=self._hardware.cpu_model,
+            cores=self._hardware.physical_cores,
+            memory_total=self._hardware.memory_total,
+            memory_free=self._hardware.memory_available,
+            models=(served.offer,) if served else (),
+            load=load,
+            hits=self.requests.tally.hits(),
+            blocks=cache.stats().blocks if cache else 0,
+            observed_latencies=self.mesh.links.observed(),
+        )
+
+    # -- what peers ask ------------------------------------------------------------------------------------------
+
+    async def generate(self, message: Generate, respond: Responder) -> None:
+        """See `mesh.Services`."""
+        served = self.models.served
+        if served is None or message.request.model not in served.names:
+            raise UnknownModel(f"model {message.request.model[:80]!r} is not served by this node", param="model")
+
+        async def run(request: GenerateRequest) -> AsyncGenerator[TokenPart, None]:
+            with self.requests.tracked(request, "for a peer") as row:
+                async with aclosing(self.requests.run_here(served.replica, request)) as parts:
+                    async for part in parts:
+                        row.generated += len(part.tokens)
+                        yield part
+
+        limits = Limits(ctx_size=served.replica.ctx_size, n_vocab=served.offer.n_vocab)
+        await serve_generate(message, respond.send, run, limits)
+
+    async def fetch_blocks(self, message: FetchBlocks, respond: Responder) -> None:
+        """See `mesh.Services`."""
+        if self.blocks.server is None:
+            respond.send(Blocks(()))
+            return
+        reply, frames = await self.blocks.server.answer(message)
+        respond.send(reply, frames)
+
+    async def list_blocks(self, message: ListBlocks, respond: Responder) -> None:
+        """See `mesh.Services`."""
+        sequence, server = self.mesh.announcer.sequence, self.blocks.server
+        respond.send(server.list_page(message, sequence) if server else BlockPage((), sequence, False))
+
+    async def model_file(self, message: GetManifest | GetChunk, respond: Responder) -> None:
+        """See `mesh.Services`."""
+        reply, payload = await self._files.answer(message)
+        respond.send(reply, payload)
+
+    # -- status --------------------------------------------------------------------------------------------------
+
+    def status(self) -> SwarmStatus:
+        """The swarm as this node sees it."""
+        now = self._clock()
+        own = PeerView(self.capability(), Status.ALIVE, 0.0)
+        views = (own, *self.mesh.membership.peers())
+        return SwarmStatus(
+            node=self._identity.node_id,
+            swarm=self.key.swarm_id,
+            nodes=tuple(node_row(view, self.mesh, self.trust, is_self=view is own) for view in views),
+            requests=request_rows(self.requests.running(), now),
+            events=tuple(EventRow(now - at, text) for at, text in self.mesh.events),
+            at=time.time(),
+        )
