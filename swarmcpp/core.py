@@ -224,8 +224,8 @@ class Service(Protocol):
         """State now; cheap enough for every scrape."""
         ...
 
-    def limits(self) -> Limits:
-        """What a request may ask for at most, now."""
+    def limits(self, model: str | None = None) -> Limits:
+        """What a request for a model (None: the default) may ask for at most, now."""
         ...
 
     async def tokenize_chat(

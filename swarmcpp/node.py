@@ -91,6 +91,7 @@ def prepare(config: Config, path: Path, name: str | None = None) -> Prepared:
         continuous_batching=inference.continuous_batching,
         batched_prefill_forward=inference.batched_prefill_forward,
         prefix_block_tokens=inference.prefix_cache_block_tokens if inference.prefix_cache_enabled else 0,
+        diag=logger.isEnabledFor(logging.DEBUG),
     )
     info = ModelInfo(
         id=name or path.stem,

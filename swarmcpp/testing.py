@@ -97,7 +97,7 @@ class FakeService:
             decode_tps=10.0,
         )
 
-    def limits(self) -> Limits:
+    def limits(self, model: str | None = None) -> Limits:
         """Limits of the fake model."""
         return Limits(ctx_size=self.ctx_size, n_vocab=FAKE_MODEL.n_vocab)
 

@@ -33,6 +33,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     batched_prefill_forward: bool
     prefix_block_tokens: int = 64
     """Tokens of a block; 0 turns every reuse of prefixes off."""
+    diag: bool = False
+    """Say what every step does, on standard error."""
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):

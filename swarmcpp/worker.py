@@ -70,6 +70,8 @@ def _run_engine(options: EngineOptions, link: EngineLink, abort_file: Path) -> N
     from swarmcpp.llama.backend import LlamaBackend
     from swarmcpp.llama.context import Context, ContextOptions, Model
 
+    if options.diag:
+        logging.getLogger("swarmcpp").setLevel(logging.DEBUG)
     abort = AbortFlag(abort_file, create=False)
     model = Model(Path(options.model_path), use_extra_bufts=options.use_extra_bufts, progress=_Progress(link).report)
     context = Context(

@@ -45,7 +45,7 @@ async def plan(service: Service, query: Query, head: Head) -> tuple[GenerateRequ
             await service.tokenize_text(head.model, prompt) if isinstance(prompt, str) else prompt
             for prompt in query.prompts
         ]
-    ctx_size = service.limits().ctx_size
+    ctx_size = service.limits(head.model).ctx_size
     for prompt in prompts:
         _check_length(len(prompt), ctx_size, "messages" if query.kind == "chat" else "prompt")
     requests: list[GenerateRequest] = []

@@ -16,6 +16,7 @@ from swarmcpp.engine.prefix import Placement, pack, place
 from swarmcpp.engine.scheduler import Scheduler
 from swarmcpp.engine.slots import Running, Slot, Waiting
 from swarmcpp.errors import DecodeAborted, PromptTooLong, SwarmError
+from swarmcpp.telemetry import diag
 from swarmcpp.wire import (
     BlocksFull,
     BlocksStored,
@@ -243,7 +244,11 @@ class Engine:
             return False
         finally:
             self._abort.end()
-        self._learn(chunks, self._clock() - begun, decode=decode)
+        seconds = self._clock() - begun
+        self._learn(chunks, seconds, decode=decode)
+        event = "BatchGenerate" if decode else "chunk fused"
+        rows_of = sum(chunk.count for chunk in chunks)
+        diag(logger, event, batch_size=len(chunks), rows=rows_of, ms=round(1000 * seconds, 3))
         return True
 
     def _rows(self, chunk: Chunk) -> Rows:

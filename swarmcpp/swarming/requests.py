@@ -152,7 +152,7 @@ class Requests:
             token_bytes=offer.token_bytes if offer and self._blocks.can_fetch else 0,
         )
         if choice:
-            diag(logger, "route", request=request.id, route=choice.replica.route, why=choice.why)
+            diag(logger, "Parallax", request=request.id, route=choice.replica.route, why=choice.why)
         return choice
 
     def _replicas(self, request: GenerateRequest, local: LocalReplica | None) -> list[Replica]:

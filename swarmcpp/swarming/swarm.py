@@ -128,6 +128,9 @@ class Swarm:
             if self._clock() - saved >= SAVE_S:
                 saved = self._clock()
                 await asyncio.to_thread(self._save)
+                self._hardware = await asyncio.to_thread(read_hardware)
+                if self._discovery:
+                    await self._discovery.refresh()
 
     def _save(self) -> None:
         self.trust.save()
