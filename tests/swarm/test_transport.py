@@ -552,7 +552,7 @@ async def test_an_engine_link_over_curve_starts_every_time() -> None:
 
 @pytest.mark.usefixtures("no_ipc")
 async def test_the_longest_message_of_an_engine_passes_under_curve() -> None:
-    """ZeroMQ drops the connection, and what is under way on it, for a frame that encryption makes longer than it may be."""
+    """ZeroMQ ends the connection, with what is under way, for a frame that encryption makes longer than it may be."""
     node = NodeLink()
     engine = WorkerLink(node.ticket)
     try:
