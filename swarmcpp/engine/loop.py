@@ -67,6 +67,8 @@ class Engine:
         self._slots = [Slot(index) for index in range(backend.n_slots)]
         self._waiting: deque[Waiting] = deque()
         self._refused: list[Refused] = []
+        self._batch: frozenset[int] = frozenset()
+        """Serials that were admitted together when nothing ran."""
         self._reported: tuple[int, int] = (0, 0)
         self._full: list[BlocksFull] = []
         self._calls = 0
@@ -141,7 +143,9 @@ class Engine:
             self._refused.append(Refused(message.serial, error.code, str(error)))
             return
         tokens = pack((*request.prompt, *request.generated))
-        self._waiting.append(Waiting(message.serial, request, message.blocks, tokens, self._clock()))
+        # Blocks that cannot be reached are not damaged, which loading them in vain would say.
+        blocks = message.blocks if self._arena else ()
+        self._waiting.append(Waiting(message.serial, request, blocks, tokens, self._clock()))
 
     def _cancel(self, serial: int) -> None:
         self._waiting = deque(waiting for waiting in self._waiting if waiting.serial != serial)
@@ -153,7 +157,13 @@ class Engine:
         """Give slots to waiting requests, in order; one that waits for another's prefix keeps a slot free."""
         busy = sum(1 for slot in self._slots if slot.running)
         count = self._scheduler.admissions(len(self._slots) - busy, busy, len(self._waiting))
-        for waiting in list(self._waiting)[:count]:
+        chosen = list(self._waiting)[:count]
+        if not busy:
+            self._batch = frozenset(waiting.serial for waiting in chosen)
+        elif not chosen:
+            # A static batch runs. Those of it that wait for another's prefix still belong to it.
+            chosen = [waiting for waiting in self._waiting if waiting.serial in self._batch]
+        for waiting in chosen:
             held = [slot.as_held() for slot in self._slots]
             salt = waiting.request.cache_salt
             placement = place(waiting.tokens, salt, len(waiting.blocks), held, self._block_tokens)

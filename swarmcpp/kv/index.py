@@ -124,8 +124,8 @@ class BlockIndex:
             if not block.children:
                 self._leaves += 1
             self._offer(block)
-        while self._max_entries and self._leaves > self._max_entries and (victim := self._evict()):
-            dropped.append(victim)
+        while self._max_entries and self._leaves > self._max_entries and (gone := self._evict_chain()):
+            dropped += gone
         return dropped
 
     def reserve(self, key: bytes, parent: bytes, *, copy: bool = False) -> tuple[Block | None, list[Block]]:
@@ -142,10 +142,10 @@ class BlockIndex:
         evicted: list[Block] = []
         try:
             while not self._free or self._too_many_chains(above):
-                victim = self._evict()
-                if victim is None:
+                gone = self._evict_chain() if self._free else self._evict()
+                if not gone:
                     return None, evicted
-                evicted.append(victim)
+                evicted += gone
         finally:
             if above:
                 above.pins -= 1
@@ -198,8 +198,24 @@ class BlockIndex:
                 self._heap = [(not each.copy, each.tick, each.key) for each in leaves]
                 heapq.heapify(self._heap)
 
-    def _evict(self) -> Block | None:
-        """Drop the least useful leaf; None when every leaf is pinned."""
+    def _evict_chain(self) -> list[Block]:
+        """Drop the least useful leaf with the blocks that only it continues, but for those that were used since.
+
+        Leaf by leaf, a chain too many would cost all chains of equal use the most of their blocks.
+        """
+        gone = self._evict()
+        while gone:
+            last = gone[-1]
+            above = self._blocks.get(last.parent)
+            if above is None or above.children or above.pins or above.tick > gone[0].tick:
+                break
+            self.evictions += 1
+            self._forget(above)
+            gone.append(above)
+        return gone
+
+    def _evict(self) -> list[Block]:
+        """Drop the least useful leaf; empty when every leaf is pinned."""
         pinned: list[tuple[bool, int, bytes]] = []
         victim: Block | None = None
         while self._heap and victim is None:
@@ -219,10 +235,11 @@ class BlockIndex:
                 victim = block
         for entry in pinned:
             heapq.heappush(self._heap, entry)
-        if victim:
-            self.evictions += 1
-            self._forget(victim)
-        return victim
+        if victim is None:
+            return []
+        self.evictions += 1
+        self._forget(victim)
+        return [victim]
 
     def _forget(self, block: Block) -> None:
         del self._blocks[block.key]

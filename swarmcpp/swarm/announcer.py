@@ -17,7 +17,7 @@ SMALL_SWARM: Final = 16
 EARLY: Final = 4
 """Messages in one heartbeat interval at most when load or capability change in between."""
 
-FULL_BEATS: Final = 30
+FULL_BEATS: Final = 10
 """Heartbeat intervals between full capabilities: what nobody is told at once (hits, free memory, latencies) reaches
 the others with them, and so does one whose message was lost."""
 

@@ -71,7 +71,8 @@ def node_row(view: PeerView, mesh: Mesh, trust: TrustBook, *, is_self: bool) -> 
         arena_tokens=hits.arena,
         peer_tokens=hits.peer,
         computed_tokens=hits.computed,
-        blocks=capability.blocks,
+        # What peers announce is newer than what they say of themselves from time to time.
+        blocks=capability.blocks if is_self else mesh.holders.count(node),
         rtt_s=0.0 if is_self else links.rtt_s(node),
         bytes_per_s=links.bytes_per_s(node) if not is_self and links.rate_known(node) else 0.0,
         trust=0.0 if is_self else trust.score(node),

@@ -341,6 +341,24 @@ def test_with_another_switch_off_the_answers_are_the_same(node: NodeMaker, polic
     assert answers(shared, wanted) == expected(node, wanted)
 
 
+def test_a_static_batch_is_not_split_by_what_its_requests_have_in_common(node: NodeMaker) -> None:
+    wanted = family(5)
+    shared = node(policy=Policy(continuous_batching=False))
+    for serial, each in wanted.items():
+        shared.submit(serial, each)
+    while not shared.tokens(1):
+        shared.step()
+    shared.submit(6, request(prompt_of(20, 6), 4))
+    while len(shared.tokens(1)) < 12:
+        shared.step()
+    assert all(shared.tokens(serial) for serial in wanted), "they wait for the first one's prompt, not for its answer"
+    assert not shared.tokens(6), "nobody joins later"
+    shared.run()
+    assert len(shared.tokens(6)) == 4
+    assert shared.prompt_rows(*wanted, 6) == 256 + 5 * 20 + 20
+    assert answers(shared, wanted) == expected(node, wanted)
+
+
 # -- one after another -----------------------------------------------------------------------------------------------
 
 
@@ -480,6 +498,7 @@ def test_an_arena_that_the_engine_cannot_open_is_only_a_miss(
     assert second.ask(2, wanted[2]) == right[2]
     assert second.first(1).cached_tokens == 0
     assert second.first(2).tier == "slot"
+    assert (cache.stats().blocks, cache.stats().bad) == (4, 0), "that is not the fault of the blocks"
     assert not [message for message in second.link.outbox if isinstance(message, BlocksFull)]
 
 

@@ -130,6 +130,87 @@ def test_two_entries_branch() -> None:
     assert index.leaves == 2
 
 
+@pytest.mark.parametrize("uses", range(MAX_USES + 1))
+def test_an_entry_too_many_costs_one_chain_however_often_all_were_used(uses: int) -> None:
+    index = BlockIndex(100, max_entries=4)
+    chains = [store(index, *range(10 * number, 10 * number + 8)) for number in range(1, 5)]
+    for _ in range(uses):
+        for chain in chains:
+            index.use(chain)
+    store(index, *range(90, 98))
+    assert names(index) == {10 * number + each for number in (2, 3, 4, 9) for each in range(8)}
+    index.check_integrity()
+
+
+def test_a_beginning_that_was_used_since_outlives_its_chain() -> None:
+    index = BlockIndex(100, max_entries=2)
+    chain = store(index, 1, 2, 3, 4)
+    index.use(chain[:2])
+    store(index, 5, 6)
+    store(index, 7, 8)
+    assert names(index) == {1, 2, 7, 8}
+
+
+def test_a_chain_that_is_read_is_not_cut_for_another() -> None:
+    index = BlockIndex(100, max_entries=2)
+    chain = store(index, 1, 2, 3)
+    store(index, 4, 5)
+    for block in chain[:2]:
+        block.pins += 1
+    store(index, 6, 7)
+    assert names(index) == {1, 2, 6, 7}
+
+
+def reserve_copy(index: BlockIndex, name: int, parent: bytes = ROOT) -> Block:
+    block, _ = index.reserve(key_of(name), parent, copy=True)
+    assert block is not None
+    index.commit(block, b"digest")
+    return block
+
+
+def test_copies_go_before_what_only_this_node_has() -> None:
+    index = BlockIndex(6)
+    store(index, 1, 2)
+    first = reserve_copy(index, 3)
+    reserve_copy(index, 4, first.key)
+    store(index, 5, 6)
+    store(index, 7, 8)
+    assert names(index) == {1, 2, 5, 6, 7, 8}
+    store(index, 9)
+    assert names(index) == {1, 5, 6, 7, 8, 9}, "without copies, the oldest leaf"
+
+
+def test_a_copy_that_is_asked_for_outlives_one_that_is_not() -> None:
+    index = BlockIndex(3)
+    used = reserve_copy(index, 1)
+    reserve_copy(index, 2)
+    index.use([used])
+    store(index, 3, 4)
+    assert names(index) == {1, 3, 4}
+
+
+def test_a_copy_that_is_read_stays() -> None:
+    index = BlockIndex(3)
+    read = reserve_copy(index, 1)
+    read.pins += 1
+    store(index, 2, 3)
+    store(index, 4)
+    assert names(index) == {1, 2, 4}
+
+
+def test_a_copy_on_which_own_blocks_stand_is_no_leaf() -> None:
+    index = BlockIndex(4)
+    copy = reserve_copy(index, 1)
+    own, _ = index.reserve(key_of(2), copy.key)
+    assert own is not None
+    index.commit(own, b"digest")
+    store(index, 3, 4)
+    store(index, 5)
+    assert names(index) == {1, 3, 4, 5}
+    store(index, 6)
+    assert names(index) == {3, 4, 5, 6}
+
+
 def test_a_removed_block_takes_its_continuations_along() -> None:
     index = BlockIndex(8)
     blocks = store(index, 1, 2, 3)
