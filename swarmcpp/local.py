@@ -27,6 +27,7 @@ class LocalReplica:
         self._queue_size = config.server.queue_size
         self._options = options
         self._fetching = 0
+        self._backlog = 0
         self.supervisor = supervisor
 
     @property
@@ -53,7 +54,7 @@ class LocalReplica:
         """How busy it is; requests that wait for blocks of peers wait like others."""
         stats = self.supervisor.stats
         waiting = max(0, self.ahead - stats.slots_busy)
-        return Load(stats.slots_busy, waiting, stats.prefill_tps, stats.decode_tps, ttft_s)
+        return Load(stats.slots_busy, waiting, stats.prefill_tps, stats.decode_tps, ttft_s, self._backlog)
 
     def admit(self, request: GenerateRequest) -> GenerateRequest:
         """`request` with a limit of tokens that fits. Raises PromptTooLong, QueueFull, NotReady."""
@@ -86,6 +87,18 @@ class LocalReplica:
             raise Cancelled(f"the request took longer than its limit of {request.deadline_s:g} s") from None
 
     async def _tokens(self, request: GenerateRequest, fetch: Fetch | None) -> AsyncGenerator[TokenPart, None]:
+        backlog = len(request.prompt) + len(request.generated)
+        self._backlog += backlog
+        try:
+            async with aclosing(self._run(request, fetch)) as parts:
+                async for part in parts:
+                    self._backlog -= backlog
+                    backlog = 0
+                    yield part
+        finally:
+            self._backlog -= backlog
+
+    async def _run(self, request: GenerateRequest, fetch: Fetch | None) -> AsyncGenerator[TokenPart, None]:
         fetched, fetch_s = 0, 0.0
         if fetch:
             clock = asyncio.get_running_loop().time

@@ -69,6 +69,8 @@ class Load:
     """All streams together."""
     ttft_s: float = 0.0
     """Moving average of the time to the first token; 0: none yet."""
+    backlog: int = 0
+    """Prompt tokens of requests that have no token yet: what a new prompt waits for, or shares the engine with."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,17 +78,23 @@ class Query:
         return replace(self.sampling, seed=(self.sampling.seed + choice) % SEED_MODULUS)
 
 
-def parse_chat(body: bytes, limits: Limits, draw_seed: SeedSource) -> Query:
+LimitsOf = Callable[[str | None], Limits]
+"""Model -> what a request for it may ask for; None is the default model, and limits of an unknown one do not matter."""
+
+
+def parse_chat(body: bytes, limits_of: LimitsOf, draw_seed: SeedSource) -> Query:
     """The query of a POST /v1/chat/completions body. Raises BadRequest and UnsupportedField."""
     obj = decode_object(body)
     fields.check_known(obj, fields.CHAT_FIELDS)
+    limits = limits_of(fields.typed(obj, "model", str))
     return _query(obj, limits, draw_seed, messages=_messages(obj.get("messages"), limits))
 
 
-def parse_text(body: bytes, limits: Limits, draw_seed: SeedSource) -> Query:
+def parse_text(body: bytes, limits_of: LimitsOf, draw_seed: SeedSource) -> Query:
     """The query of a POST /v1/completions body. Raises BadRequest and UnsupportedField."""
     obj = decode_object(body)
     fields.check_known(obj, fields.TEXT_FIELDS)
+    limits = limits_of(fields.typed(obj, "model", str))
     return _query(obj, limits, draw_seed, prompts=_prompts(obj.get("prompt"), limits))
 
 

@@ -24,9 +24,9 @@ from swarmcpp.api import answers, openai, replies
 from swarmcpp.api.answers import Answer
 from swarmcpp.api.listener import RunningServer, start_server
 from swarmcpp.api.metrics import CONTENT_TYPE, Metrics
-from swarmcpp.api.openai import Query, SeedSource
+from swarmcpp.api.openai import LimitsOf, Query, SeedSource
 from swarmcpp.api.options import BUSY, OPTIONS, ServerOptions
-from swarmcpp.core import Clock, Limits, Service
+from swarmcpp.core import Clock, Service
 from swarmcpp.errors import (
     BadConfig,
     BadRequest,
@@ -44,7 +44,7 @@ from swarmcpp.errors import (
 _log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Parser = Callable[[bytes, Limits, SeedSource], Query]
+Parser = Callable[[bytes, LimitsOf, SeedSource], Query]
 
 _OPEN_PATHS = frozenset({"/health", "/health/ready"})
 """Paths that need no key: a load balancer has none."""
@@ -304,7 +304,7 @@ class _Api:
     async def _complete(self, request: web.Request, parse: Parser, answer_id: str) -> web.StreamResponse:
         _trace.get().id = answer_id
         body = await self._read_body(request)
-        query = parse(body, self._service.limits(), self._draw_seed)
+        query = parse(body, self._service.limits, self._draw_seed)
         model = answers.pick_model(self._service, query.model)
         head = replies.Head(answer_id, query.kind, model, int(time.time()))
         requests = await answers.plan(self._service, query, head)

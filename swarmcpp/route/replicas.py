@@ -4,6 +4,7 @@ The estimate of one replica is the sum of
 
     wait    = max(0, ahead - slots + 1) * EXPECTED_TOKENS * t(slots) / slots
     prompt  = (prompt - warm) / prefill rate, or less where shipping the missing KV to it is cheaper
+    backlog = prompt tokens of others that it has to compute first / prefill rate
     answer  = expected tokens * t(streams)
     rtt     = one round trip
 
@@ -71,6 +72,8 @@ class Replica:
     load: Load
     outstanding: int = 0
     """Requests that this node sent there and that `load` does not count yet."""
+    outstanding_tokens: int = 0
+    """Tokens of their prompts."""
     warm_tokens: int = 0
     """Tokens of the prompt whose KV it holds."""
     own_rates: Rates = Rates()
@@ -108,19 +111,20 @@ class Choice:
 class _Estimate:
     replica: Replica
     wait_s: float
+    backlog_s: float
     prompt_s: float
     answer_s: float
     shipped: bool
 
     @property
     def finish_s(self) -> float:
-        return self.wait_s + self.prompt_s + self.answer_s + self.replica.rtt_s
+        return self.wait_s + self.backlog_s + self.prompt_s + self.answer_s + self.replica.rtt_s
 
     def __str__(self) -> str:
         shipped = " shipped" if self.shipped else ""
         return (
-            f"{self.replica.route} {self.finish_s:.2f} s (wait {self.wait_s:.2f}, prompt {self.prompt_s:.2f}{shipped}, "
-            f"answer {self.answer_s:.2f}, rtt {self.replica.rtt_s:.3f})"
+            f"{self.replica.route} {self.finish_s:.2f} s (wait {self.wait_s:.2f}, backlog {self.backlog_s:.2f}, "
+            f"prompt {self.prompt_s:.2f}{shipped}, answer {self.answer_s:.2f}, rtt {self.replica.rtt_s:.3f})"
         )
 
 
@@ -194,6 +198,7 @@ def _estimate(
     return _Estimate(
         replica,
         wait_s=leave_first * EXPECTED_TOKENS * step_s(replica.slots) / replica.slots,
+        backlog_s=(replica.load.backlog + replica.outstanding_tokens) / rates.prefill_tps,
         prompt_s=min(compute_s, ship_s),
         answer_s=expected * step_s(min(replica.slots, replica.ahead + 1)),
         shipped=ship_s < compute_s,

@@ -78,8 +78,8 @@ class Requests:
         self._clock = clock
         self._serial = 0
         self._running: dict[int, Running] = {}
-        self._sent: dict[NodeId, list[float]] = {}
-        """When requests were sent that are still under way at a peer."""
+        self._sent: dict[NodeId, list[tuple[float, int]]] = {}
+        """When requests were sent that are still under way at a peer, and the tokens of their prompts."""
         self._rates = DelegationRates(clock)
         self.tally = Tally()
 
@@ -165,6 +165,7 @@ class Requests:
             node = view.capability.node
             if len(request.prompt) + request.max_tokens > offer.ctx_size:
                 continue
+            unseen = self._unseen(node, view.heard_s)
             found.append(
                 Replica(
                     node=node,
@@ -172,7 +173,8 @@ class Requests:
                     slots=offer.slots,
                     queue_size=self._queue_size,
                     load=view.capability.load,
-                    outstanding=self._unseen(node, view.heard_s),
+                    outstanding=len(unseen),
+                    outstanding_tokens=sum(unseen),
                     warm_tokens=warm.get(node, 0),
                     own_rates=self._rates.rates(node),
                     rtt_s=links.rtt_s(node),
@@ -181,9 +183,10 @@ class Requests:
             )
         return found
 
-    def _unseen(self, node: NodeId, heard_s: float) -> int:
-        """Requests that were sent to a peer so late that its last news does not count them."""
-        return sum(1 for at in self._sent.get(node, ()) if self._clock() - at < heard_s + SEEN_S)
+    def _unseen(self, node: NodeId, heard_s: float) -> list[int]:
+        """Prompt tokens of requests that were sent to a peer so late that its last news does not count them."""
+        now = self._clock()
+        return [tokens for at, tokens in self._sent.get(node, ()) if now - at < heard_s + SEEN_S]
 
     async def _run(
         self, replica: Replica, request: GenerateRequest, local: LocalReplica | None
@@ -215,7 +218,8 @@ class Requests:
             raise PeerLost(f"{replica.route} is not there any more")
         there = replace(request, model=self._models.name_at(replica.node, request.model))
         begun = self._clock()
-        self._sent.setdefault(replica.node, []).append(begun)
+        sent = (begun, max(0, len(request.prompt) + len(request.generated) - replica.warm_tokens))
+        self._sent.setdefault(replica.node, []).append(sent)
         first: TokenPart | None = None
         first_at, count = 0.0, 0
         try:
@@ -226,7 +230,7 @@ class Requests:
                     count += len(part.tokens)
                     yield part
         finally:
-            self._sent[replica.node].remove(begun)
+            self._sent[replica.node].remove(sent)
             if not self._sent[replica.node]:
                 del self._sent[replica.node]
             if first:

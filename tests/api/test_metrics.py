@@ -69,7 +69,7 @@ async def test_times_are_those_of_the_clock() -> None:
 
     service = Slow()
     metrics = Metrics(service.snapshot)
-    query = parse_chat(b'{"messages": [{"role": "user", "content": "x"}]}', service.limits(), lambda bits: 0)
+    query = parse_chat(b'{"messages": [{"role": "user", "content": "x"}]}', service.limits, lambda bits: 0)
     head = Head("id", "chat", "fake", 0)
     requests: tuple[GenerateRequest, ...] = await plan(service, query, head)
     await Answer(service, query, head, requests, metrics=metrics, clock=clock).reply()

@@ -19,11 +19,11 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 
 def chat(**body: Any) -> Query:
-    return parse_chat(json.dumps({"messages": HELLO, **body}).encode(), LIMITS, lambda bits: 99)
+    return parse_chat(json.dumps({"messages": HELLO, **body}).encode(), lambda _model: LIMITS, lambda bits: 99)
 
 
 def text(**body: Any) -> Query:
-    return parse_text(json.dumps({"prompt": "hello", **body}).encode(), LIMITS, lambda bits: 99)
+    return parse_text(json.dumps({"prompt": "hello", **body}).encode(), lambda _model: LIMITS, lambda bits: 99)
 
 
 def test_defaults() -> None:
@@ -311,7 +311,7 @@ def test_what_one_body_may_ask_for_is_bounded() -> None:
 )
 def test_bodies_that_are_not_json_objects(body: bytes) -> None:
     with pytest.raises(BadRequest) as caught:
-        parse_chat(body, LIMITS, lambda bits: 0)
+        parse_chat(body, lambda _model: LIMITS, lambda bits: 0)
     assert "\n" not in str(caught.value)
 
 
@@ -328,7 +328,7 @@ def test_any_object_is_a_query_or_a_bad_request(body: dict[str, Any]) -> None:
     raw = json.dumps(body).encode()
     for parse in (parse_chat, parse_text):
         try:
-            query = parse(raw, LIMITS, lambda bits: 0)
+            query = parse(raw, lambda _model: LIMITS, lambda bits: 0)
         except BadRequest as error:
             str(error).encode()
             assert error.status == 400
@@ -339,7 +339,7 @@ def test_any_object_is_a_query_or_a_bad_request(body: dict[str, Any]) -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_query_or_a_bad_request(raw: bytes) -> None:
     with pytest.raises(BadRequest):
-        parse_chat(raw, LIMITS, lambda bits: 0)
+        parse_chat(raw, lambda _model: LIMITS, lambda bits: 0)
 
 
 @given(

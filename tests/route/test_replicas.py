@@ -38,7 +38,7 @@ def test_an_idle_node_keeps_its_requests() -> None:
     assert choice.replica == LOCAL
     # 640 tokens at 200/s, then 100 tokens at 20/s.
     assert choice.finish_s == pytest.approx(640 / 200 + 100 / 20)
-    assert choice.why.startswith("local 8.20 s (wait 0.00, prompt 3.20, answer 5.00, rtt 0.000); next peer box 8.20 s")
+    assert choice.why.startswith("local 8.20 s (wait 0.00, backlog 0.00, prompt 3.20, answer 5.00, rtt 0.000); next peer box 8.20 s")
 
 
 def test_a_busy_node_sends_them_away() -> None:
@@ -247,3 +247,13 @@ def test_samples_without_time_tell_nothing() -> None:
     for _ in range(2):
         book.add("aa", computed_tokens=0, prefill_s=0.0, tokens=0, decode_s=0.0, streams=0)
     assert book.rates("aa") == Rates()
+
+
+def test_prompts_that_wait_there_count() -> None:
+    local = Replica("00", "", slots=8, queue_size=8, load=replace(IDLE, slots_busy=1, backlog=512))
+    peer = Replica("bb", "box", slots=8, queue_size=8, load=IDLE, rtt_s=0.001)
+    choice = choose([local, peer], 512, 64, n_layers=24)
+    assert choice is not None and choice.replica is peer
+    sent = replace(peer, outstanding=2, outstanding_tokens=1024)
+    choice = choose([local, sent], 512, 64, n_layers=24)
+    assert choice is not None and choice.replica is local
