@@ -114,6 +114,11 @@ class Running:
         """Bytes: the sum over the process tree of each process's own peak; pages that two share count twice."""
         self._process = process
 
+    @property
+    def pid(self) -> int:
+        """Of the process that was started; what it started has others."""
+        return self._process.pid
+
     def sample_rss(self) -> int:
         """Take `peak_rss` now, in bytes."""
         total = 0
