@@ -38,7 +38,7 @@ def test_an_idle_node_keeps_its_requests() -> None:
     assert choice.replica == LOCAL
     # 640 tokens at 200/s, then 100 tokens at 20/s.
     assert choice.finish_s == pytest.approx(640 / 200 + 100 / 20)
-    assert choice.why.startswith("local 8.20 s (wait 0.00, backlog 0.00, prompt 3.20, answer 5.00, rtt 0.000); next peer box 8.20 s")
+    assert choice.why.startswith("local 8.20 s (wait 0.00, backlog 0.00, prompt 3.20, answer 5.00, rtt 0.000); next")
 
 
 def test_a_busy_node_sends_them_away() -> None:
