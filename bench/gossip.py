@@ -271,7 +271,7 @@ def _capability(node: str, nodes: Sequence[str]) -> Capability:
         *(531_000_000, 494_000_000, 151_936, 32_768, 24, 0, 24, 12_288, 8_192, 4, 1_700_000_000),
     )
     return Capability(
-        *(node, 1, f"laptop-{node[-3:]}", (Address("192.168.1.23", 47610, "k" * 40),), 47611, "0.1.0", "ready"),
+        *(node, 1, f"laptop-{node[-3:]}", (Address("192.168.1.23", 17610, "k" * 40),), 47611, "0.1.0", "ready"),
         *("AMD Ryzen 7 5800U with Radeon Graphics", 8, 16 << 30, 6 << 30, (model,)),
         observed_latencies=tuple(ObservedLatency(each, 0.00123, 1.1e8) for each in others),
     )

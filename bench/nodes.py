@@ -28,7 +28,7 @@ from swarmcpp.status import NodeRow, from_json
 from swarmcpp.swarm.identity import JoinToken
 from swarmcpp.swarm.store import SwarmStore
 
-SWARM_PORT = 47610
+SWARM_PORT = 17610
 """In a namespace, where every port is free."""
 
 WAIT_S = 60.0

@@ -131,7 +131,7 @@ class SwarmConfig:
         "", help="address of the swarm port (without it: those of the local networks)", high=253, flag="--swarm-host"
     )
     port: int = setting(
-        47610,
+        17610,
         help="port for other nodes, beside that of the API; 0: any free one",
         low=0,
         high=65535,

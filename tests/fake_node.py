@@ -22,7 +22,7 @@ def three_nodes(swarm: str = "1f3a5b7c9d0e1f2a") -> SwarmStatus:
     here = NodeRow(
         id="a" * 16,
         name="laptop",
-        addresses=("192.168.1.10:47610", "[fd00::10]:47610"),
+        addresses=("192.168.1.10:17610", "[fd00::10]:17610"),
         key=KEY,
         is_self=True,
         version="0.1.0",
@@ -47,7 +47,7 @@ def three_nodes(swarm: str = "1f3a5b7c9d0e1f2a") -> SwarmStatus:
     box = NodeRow(
         id="b" * 16,
         name="box",
-        addresses=("192.168.1.20:47610",),
+        addresses=("192.168.1.20:17610",),
         key=KEY,
         model="qwen2.5-0.5b-instruct-q8_0",
         first_layer=0,
@@ -60,7 +60,7 @@ def three_nodes(swarm: str = "1f3a5b7c9d0e1f2a") -> SwarmStatus:
         trust=0.83,
     )
     desk = NodeRow(
-        id="c" * 16, name="desk", addresses=("192.168.1.30:47610",), key=KEY, status="gone", last_layer=12, n_layers=24
+        id="c" * 16, name="desk", addresses=("192.168.1.30:17610",), key=KEY, status="gone", last_layer=12, n_layers=24
     )
     return SwarmStatus(
         node=here.id,

@@ -40,7 +40,7 @@ def capability(node: str = PEER, boot: int = 1, **changes: Any) -> Capability:
         "node": node,
         "boot": boot,
         "name": f"node {node[-2:]}",
-        "addresses": (Address("192.0.2.1", 47610, "k" * 40),),
+        "addresses": (Address("192.0.2.1", 17610, "k" * 40),),
         "pub_port": 47611,
         "version": "0.1.0",
         "state": "ready",

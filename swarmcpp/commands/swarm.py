@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -16,8 +17,8 @@ from swarmcpp.swarming.swarm import Swarm
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = SwarmConfig().port
-TWIN_S = 0.5
-"""How long a start waits to hear that another node has its identity."""
+TWIN_S = 1.0
+"""How long a start waits to hear that another node has its identity: from that node, or from one that knows it."""
 
 
 def listen_hosts(config: Config, *, lan: bool) -> Sequence[str]:
@@ -45,6 +46,9 @@ async def in_swarm(
             swarm = Swarm(config, key, store, identity)
             try:
                 await _start(swarm, config, hosts, port, known)
+                # Nobody can have a copy of an identity that is new.
+                if known and identity.boot > 1:
+                    await _hear_of_twin(swarm)
                 if swarm.mesh.twin is None:
                     yield swarm
                     return
@@ -63,5 +67,11 @@ async def in_swarm(
 async def _start(swarm: Swarm, config: Config, hosts: Sequence[str], port: int, known: Sequence[Address]) -> None:
     discover = config.swarm.discovery and not all(is_loopback(host) for host in hosts)
     await swarm.start(hosts, port, known, discover=discover)
-    if any(address.key == swarm.public_key for address in known):
-        await asyncio.sleep(TWIN_S)
+
+
+async def _hear_of_twin(swarm: Swarm) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(TWIN_S):
+            while swarm.mesh.twin is None:
+                swarm.mesh.changed.clear()
+                await swarm.mesh.changed.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import platform
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -33,6 +34,8 @@ from swarmcpp.swarming.models import Served, SwarmModels
 from swarmcpp.swarming.requests import Requests
 from swarmcpp.swarming.view import node_row, request_rows
 
+logger = logging.getLogger(__name__)
+
 TELL_S: Final = 0.25
 """How often the node looks at itself for news."""
 
@@ -56,6 +59,8 @@ class Swarm:
         self._addresses: tuple[Address, ...] = ()
         self._tasks: list[asyncio.Task[None]] = []
         self._discovery: Discovery | None = None
+        self._saved = clock()
+        self._remembered: tuple[Address, ...] = ()
         self._files = ModelServer()
         self.key = key
         self.mesh = Mesh(key, identity, self, clock=clock)
@@ -121,16 +126,25 @@ class Swarm:
 
     async def _clockwork(self) -> None:
         """Tell news of this node, and save now and then."""
-        saved = self._clock()
         while True:
             await asyncio.sleep(TELL_S)
-            self.mesh.announcer.capability(self.capability())
-            if self._clock() - saved >= SAVE_S:
-                saved = self._clock()
-                await asyncio.to_thread(self._save)
-                self._hardware = await asyncio.to_thread(read_hardware)
-                if self._discovery:
-                    await self._discovery.refresh()
+            try:
+                await self._tick()
+            except Exception:
+                # A node that says nothing more is soon taken for dead, whatever was wrong here.
+                logger.exception("the swarm's clockwork failed")
+
+    async def _tick(self) -> None:
+        self.mesh.announcer.capability(self.capability())
+        now, addresses = self._clock(), self.mesh.addresses()
+        # A peer that was just met is written at once: this node may be killed before the next time.
+        if addresses == self._remembered and now - self._saved < SAVE_S:
+            return
+        self._saved, self._remembered = now, addresses
+        await asyncio.to_thread(self._save)
+        self._hardware = await asyncio.to_thread(read_hardware)
+        if self._discovery:
+            await self._discovery.refresh()
 
     def _save(self) -> None:
         self.trust.save()

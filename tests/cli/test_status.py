@@ -30,7 +30,7 @@ from swarmcpp.status import EventRow, SwarmStatus, from_json
 from swarmcpp.swarm.identity import MAX_TOKEN_ADDRESSES, JoinToken, SwarmKey
 from swarmcpp.swarm.store import SwarmStore
 
-BOX = Address("192.168.1.20", 47610, KEY)
+BOX = Address("192.168.1.20", 17610, KEY)
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_peers_of_a_running_node(node: FakeNode) -> None:
     assert head == ["name", "id", "address", "status", "RTT", "rate", "trust", "model"]
     assert [row[0] for row in rows] == ["box", "desk"]
     assert rows[0][1:] == [
-        *("b" * 16, "192.168.1.20:47610", "alive", "0.4", "ms", "112", "MB/s", "0.83", "qwen2.5-0.5b-instruct-q8_0")
+        *("b" * 16, "192.168.1.20:17610", "alive", "0.4", "ms", "112", "MB/s", "0.83", "qwen2.5-0.5b-instruct-q8_0")
     ]
 
 
@@ -259,7 +259,7 @@ def test_a_node_without_peers(node: FakeNode) -> None:
 def test_peers_that_are_remembered(store: SwarmStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWARMCPP_PORT", "1")
     out, notes = run("peers")
-    assert "192.168.1.20:47610" in out and "remembered" in out
+    assert "192.168.1.20:17610" in out and "remembered" in out
     assert "no server at" in notes and key_of(store).swarm_id in notes
     with pytest.raises(StartupError, match="no server at"):
         run("peers", "--url", "http://127.0.0.1:1")
@@ -281,10 +281,10 @@ def test_token_with_the_addresses_of_the_running_node(store: SwarmStore, node: F
     token = JoinToken.parse(out)
     assert token.key == key_of(store)
     assert [str(each) for each in token.addresses] == [
-        "192.168.1.10:47610",
-        "[fd00::10]:47610",
-        "192.168.1.20:47610",
-        "192.168.1.30:47610",
+        "192.168.1.10:17610",
+        "[fd00::10]:17610",
+        "192.168.1.20:17610",
+        "192.168.1.30:17610",
     ]
 
 

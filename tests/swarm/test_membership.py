@@ -189,7 +189,7 @@ def test_nonsense_is_refused_and_counts_as_lost(members: Membership) -> None:
     assert members.hear(alive(2)) is Heard.GAP
 
 
-ADDRESS = Address("192.0.2.1", 47610, "k" * 40)
+ADDRESS = Address("192.0.2.1", 17610, "k" * 40)
 
 
 @pytest.mark.parametrize(
