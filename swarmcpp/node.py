@@ -345,11 +345,11 @@ async def run(
                 await started
             return
         await started
-        if swarm:
-            await _offer(swarm, node, prepared, config)
         cache = supervisor.cache
         cache_bytes = cache.n_blocks * cache.block_bytes if cache else 0
         on_ready(Serving(prepared, supervisor.status, server.url, cache_bytes, swarm.token if swarm else None))
+        if swarm:
+            await _offer(swarm, node, prepared, config)
         await stopping
     finally:
         await node.close()

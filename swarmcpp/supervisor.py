@@ -26,6 +26,7 @@ from swarmcpp.wire import (
     Cancel,
     EngineOptions,
     Fault,
+    Forget,
     Load,
     LoadProgress,
     Ready,
@@ -169,6 +170,7 @@ class EngineSupervisor:
         self._open_cache = open_cache
         self.cache: PrefixCache | None = None
         """The node's blocks, once an engine has told the shape of its KV."""
+        self._opening: asyncio.Task[PrefixCache | None] | None = None
         self._streams: dict[int, EngineStream] = {}
         self._checks: dict[str, _Check] = {}
         """By salt."""
@@ -204,6 +206,8 @@ class EngineSupervisor:
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        if self._opening:
+            self.cache, self._opening = await self._opening, None
         if self.cache:
             self.cache.close()
             self.cache = None
@@ -351,8 +355,12 @@ class EngineSupervisor:
                 # Its file was deleted, or another node has made one of that name: this engine could not use it.
                 self.cache.close()
                 self.cache = None
-            # Opening reads the table of an arena, which may be large.
-            self.cache = await asyncio.to_thread(self._open_cache, ready.layout)
+            if self._opening is None:
+                # It reads the table of an arena, which may be large.
+                self._opening = asyncio.create_task(asyncio.to_thread(self._open_cache, ready.layout))
+            # A thread cannot be stopped: should this engine die meanwhile, the next one takes what it opens.
+            self.cache = await asyncio.shield(self._opening)
+            self._opening = None
         if self.cache:
             cache = self.cache
             incarnation.link.send(
@@ -460,12 +468,16 @@ class EngineSupervisor:
             return
         check = self._checks.get(full.salt)
         if check:
-            grant, check.key = self.cache.grant_check(full.tokens, full.salt)
+            grant, key = self.cache.grant_check(full.tokens, full.salt)
+            if grant.grants:
+                check.key = key
+            else:
+                check.stored.set()
         else:
             grant = self.cache.grant(full.tokens, full.salt)
-        if grant.grants:
-            incarnation.grants.setdefault(full.serial, deque()).append(grant)
-            incarnation.link.send(StoreBlocks(serial=full.serial, grants=grant.grants))
+        # Even when nothing is wanted: the engine keeps the slot for the answer.
+        incarnation.grants.setdefault(full.serial, deque()).append(grant)
+        incarnation.link.send(StoreBlocks(serial=full.serial, grants=grant.grants))
 
     def _on_stored(self, incarnation: Incarnation, stored: BlocksStored) -> None:
         waiting = incarnation.grants.get(stored.serial)
@@ -492,6 +504,8 @@ class EngineSupervisor:
         own_salt = f"check {secrets.token_hex(16)}"
         request = GenerateRequest(own_salt, "", tokens, 1, cache_salt=own_salt)
         check = self._checks[own_salt] = _Check()
+        # The result must not take the place of the block that it is for, which as a copy goes before all others.
+        cache, lease = self.cache, self.cache.lease(tokens, salt)
         try:
             stream = self.submit(request, chain=(tokens[: before + 1], salt))
             try:
@@ -505,8 +519,19 @@ class EngineSupervisor:
                 if not stream.finished:
                     self.cancel(stream)
         finally:
+            cache.release(lease)
             del self._checks[own_salt]
-        return check.key
+        return check.key or None
+
+    def forget(self) -> None:
+        """Let the engine use none of the KV that it has, after blocks that it may have loaded were found to be wrong.
+
+        Drop them from the cache first.
+        """
+        if self._incarnation and self.status.state == "ready":
+            # A dead engine has forgotten.
+            with contextlib.suppress(EngineFailed):
+                self._incarnation.link.send(Forget())
 
     def _end_blocks(self, incarnation: Incarnation) -> None:
         """An engine is gone: nothing is read or written by it any more."""

@@ -67,6 +67,13 @@ class StoreBlocks(msgspec.Struct, frozen=True, tag="store"):
     grants: tuple[tuple[int, int], ...]
 
 
+class Forget(msgspec.Struct, frozen=True, tag="forget"):
+    """Node to engine: KV that is there now, and blocks of requests that wait, may be wrong and are used no more.
+
+    Requests that run go on with theirs, of which nothing is shared or stored.
+    """
+
+
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """Node to engine: forget `serial`; unknown or finished ones are ignored."""
 
@@ -152,7 +159,7 @@ class StepOut(msgspec.Struct, frozen=True, tag="step"):
     refused: tuple[Refused, ...] = ()
 
 
-ToEngine = Load | UseArena | Submit | StoreBlocks | Cancel | Stop
+ToEngine = Load | UseArena | Submit | StoreBlocks | Forget | Cancel | Stop
 FromEngine = LoadProgress | Ready | Fault | StepOut | BlocksFull | BlocksStored
 Message = ToEngine | FromEngine
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -83,6 +84,17 @@ class Home:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
+def _speaks_http(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+            return True
+    except urllib.error.HTTPError as error:
+        error.close()
+        return True
+    except (OSError, http.client.HTTPException):
+        return False
+
+
 class ServeProcess:
     """A running server. `url` has no trailing slash; `pid` is the node's."""
 
@@ -108,10 +120,10 @@ class ServeProcess:
         return self.process.poll() is None
 
     def port(self) -> int:
-        """The port on which it listens; 0 before it does."""
+        """The port of its API; 0 before it listens. Those of the swarm do not speak HTTP."""
         with suppress(psutil.Error):
             for connection in psutil.Process(self.pid).net_connections("tcp"):
-                if connection.status == psutil.CONN_LISTEN:
+                if connection.status == psutil.CONN_LISTEN and _speaks_http(connection.laddr.port):
                     return int(connection.laddr.port)
         return 0
 

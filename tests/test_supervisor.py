@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -17,8 +18,11 @@ import psutil
 import pytest
 from engine_support import GREEDY, poll, prompt_of, request, stories_model
 
-from swarmcpp.core import SamplingParams
+from swarmcpp.core import KvLayout, SamplingParams
 from swarmcpp.errors import BadModel, EngineFailed, NotReady, PromptTooLong, WireError
+from swarmcpp.kv.arena import Arena
+from swarmcpp.kv.cache import PrefixCache
+from swarmcpp.kv.keys import KvIdentity
 from swarmcpp.models.synthetic import TINY, Shape, write_model
 from swarmcpp.supervisor import MAX_CRASHES, MAX_KILLS, EngineStatus, EngineStream, EngineSupervisor
 from swarmcpp.wire import EngineOptions, TokenOut
@@ -259,6 +263,50 @@ async def test_killed_in_mid_generation_streams_go_on_with_the_same_tokens() -> 
         assert [await other for other in others] == expected[1:]
         assert supervisor.status.restarts >= 3
         assert supervisor.active == 0
+
+
+@posix
+async def test_an_engine_that_dies_while_its_arena_is_opened_leaves_it_to_the_next(tiny: Path, tmp_path: Path) -> None:
+    go = threading.Event()
+    opened: list[PrefixCache] = []
+
+    def open_cache(layout: KvLayout) -> PrefixCache:
+        arena = Arena.open(tmp_path, bytes(32), layout.token_bytes * 64, 1 << 20, 0)
+        assert arena is not None
+        opened.append(PrefixCache(arena, KvIdentity(bytes(32), 64, (1, 1))))
+        assert go.wait(DEADLINE_S)
+        return opened[-1]
+
+    async with supervised(options(tiny), open_cache=open_cache, sleep=Sleeps()) as supervisor:
+        await until(lambda: len(opened) == 1, "the arena is being opened")
+        first = supervisor.status.pid
+        psutil.Process(first).kill()
+        await until(lambda: supervisor.status.pid not in (0, first), "the next engine is started")
+        go.set()
+        await ready(supervisor)
+        assert supervisor.cache is opened[0]
+    assert len(opened) == 1
+    assert not opened[0].in_place(), "it is closed"
+
+
+async def test_close_while_the_arena_is_opened(tiny: Path, tmp_path: Path) -> None:
+    go = threading.Event()
+    opened: list[PrefixCache] = []
+
+    def open_cache(layout: KvLayout) -> PrefixCache:
+        arena = Arena.open(tmp_path, bytes(32), layout.token_bytes * 64, 1 << 20, 0)
+        assert arena is not None
+        opened.append(PrefixCache(arena, KvIdentity(bytes(32), 64, (1, 1))))
+        assert go.wait(DEADLINE_S)
+        return opened[-1]
+
+    async with supervised(options(tiny), open_cache=open_cache) as supervisor:
+        await until(lambda: len(opened) == 1, "the arena is being opened")
+        closing = asyncio.create_task(supervisor.close())
+        await until(lambda: supervisor.status.state == "stopped", "it is closing")
+        go.set()
+        await closing
+        assert not opened[0].in_place(), "it is closed"
 
 
 @posix

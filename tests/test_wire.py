@@ -84,6 +84,7 @@ by_class: dict[type, st.SearchStrategy[Any]] = {
     wire.Load: st.builds(wire.Load, options),
     Submit: st.builds(Submit, ids, requests, st.lists(blocks, max_size=3).map(tuple)),
     wire.UseArena: st.builds(wire.UseArena, text, ids, ids),
+    wire.Forget: st.builds(wire.Forget),
     wire.StoreBlocks: st.builds(wire.StoreBlocks, ids, st.lists(st.tuples(ids, ids), max_size=3).map(tuple)),
     Cancel: st.builds(Cancel, ids),
     Stop: st.builds(Stop),

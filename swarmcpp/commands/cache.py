@@ -30,7 +30,11 @@ def ls(loaded: LoadedConfig, *, as_json: bool) -> None:
     rows = []
     for path in _arenas(loaded):
         known, blocks = read_header(path), _entries(path)
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except OSError:
+            # It went while it was looked at, or is a link to nothing.
+            continue
         rows.append(
             {
                 "file": path.name,
@@ -57,7 +61,11 @@ def clear(loaded: LoadedConfig) -> None:
     removed = 0
     busy: list[str] = []
     for path in _arenas(loaded):
-        if not Arena.remove(path):
+        try:
+            gone = Arena.remove(path)
+        except OSError as error:
+            raise StartupError(f"{path}: cannot be removed ({error.strerror}); check its directory's rights") from error
+        if not gone:
             busy.append(path.name)
             continue
         removed += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from swarmcpp.core import Backend, Chunk, Clock, EngineStats, FinishReason, Rows
 from swarmcpp.engine.abortflag import AbortFlag
@@ -22,6 +23,7 @@ from swarmcpp.wire import (
     BlocksStored,
     Cancel,
     EngineLink,
+    Forget,
     Refused,
     StepOut,
     Stop,
@@ -37,6 +39,10 @@ logger = logging.getLogger(__name__)
 IDLE_POLL_S = 5.0
 """How long an idle engine sleeps in its inbox before it checks its invariants again."""
 
+
+OFFER_S = 0.005
+"""How long an engine that has nothing to compute leaves its node for an answer about blocks, before it lets the slot
+that has them go. One that computes leaves it a step."""
 
 WORTH_A_MOVE = 16
 """Tokens that an answer may still have for a move of its slot to pay."""
@@ -68,7 +74,7 @@ class Engine:
         self._waiting: deque[Waiting] = deque()
         self._refused: list[Refused] = []
         self._batch: frozenset[int] = frozenset()
-        """Serials that were admitted together when nothing ran."""
+        """Serials that were first in line when nothing ran, one for each slot."""
         self._reported: tuple[int, int] = (0, 0)
         self._full: list[BlocksFull] = []
         self._calls = 0
@@ -84,7 +90,8 @@ class Engine:
     def serve(self) -> None:
         """Work until Stop arrives."""
         while not self.stopped:
-            self.receive(0.0 if self.busy else IDLE_POLL_S)
+            running = any(slot.running for slot in self._slots)
+            self.receive(0.0 if running else OFFER_S if self._waiting else IDLE_POLL_S)
             if self.busy:
                 self.step()
             else:
@@ -92,8 +99,11 @@ class Engine:
 
     def step(self) -> None:
         """One step: plan, then run and commit each call."""
+        offered = [slot for slot in self._slots if slot.offered]
         self._close_gap()
         self._admit()
+        for slot in offered:
+            slot.offered = False
         # The first tokens of long prompts are a long time away.
         self._report(())
         plan = self._scheduler.plan([view for slot in self._slots if (view := slot.view())])
@@ -126,6 +136,8 @@ class Engine:
                 self._cancel(serial)
             case StoreBlocks():
                 self._store(message)
+            case Forget():
+                self._forget()
             case UseArena():
                 self._open_arena(message)
             case Stop():
@@ -156,12 +168,13 @@ class Engine:
     def _admit(self) -> None:
         """Give slots to waiting requests, in order; one that waits for another's prefix keeps a slot free."""
         busy = sum(1 for slot in self._slots if slot.running)
-        count = self._scheduler.admissions(len(self._slots) - busy, busy, len(self._waiting))
+        free = sum(1 for slot in self._slots if not slot.busy)
+        count = self._scheduler.admissions(free, busy, len(self._waiting))
         chosen = list(self._waiting)[:count]
         if not busy:
-            self._batch = frozenset(waiting.serial for waiting in chosen)
+            self._batch = frozenset(waiting.serial for waiting in list(self._waiting)[: len(self._slots)])
         elif not chosen:
-            # A static batch runs. Those of it that wait for another's prefix still belong to it.
+            # A static batch runs. Those of it that wait for another's prefix or an offered slot still belong to it.
             chosen = [waiting for waiting in self._waiting if waiting.serial in self._batch]
         for waiting in chosen:
             held = [slot.as_held() for slot in self._slots]
@@ -205,7 +218,7 @@ class Engine:
         gap = next(slot for slot in self._slots[busy[0] :] if not slot.running)
         running = self._running(last.index)
         answered = len(running.tokens) - len(running.request.prompt)
-        if running.remaining or running.request.max_tokens - answered < WORTH_A_MOVE:
+        if gap.offered or running.remaining or running.request.max_tokens - answered < WORTH_A_MOVE:
             return
         self._backend.copy_prefix(last.index, gap.index, running.n_past)
         self._backend.truncate(last.index, 0)
@@ -234,7 +247,7 @@ class Engine:
         """End a slot's request. Its KV stays, since the next request may go on from it."""
         if slot.running:
             self._announce(slot)
-            slot.free(keep=self._block_tokens > 0)
+            slot.free(keep=self._block_tokens > 0 and slot.salt is not None)
             self._backend.truncate(slot.index, slot.left)
 
     # -- a step --------------------------------------------------------------------------------------------------
@@ -328,13 +341,24 @@ class Engine:
     def _announce(self, slot: Slot) -> None:
         """Offer the node the full blocks that its arena may not have; it answers with StoreBlocks."""
         running = slot.running
-        if not self._arena or running is None:
+        if not self._arena or running is None or slot.salt is None:
             return
         full = running.n_past // self._block_tokens
         if full > slot.stored:
             tokens = tuple(running.tokens[: full * self._block_tokens])
             self._full.append(BlocksFull(running.serial, slot.salt, tokens, slot.stored))
             slot.stored = full
+            slot.offered = True
+
+    def _forget(self) -> None:
+        self._full.clear()
+        self._waiting = deque(replace(waiting, blocks=()) for waiting in self._waiting)
+        for slot in self._slots:
+            # Without its serial it writes no blocks that were granted before.
+            slot.salt, slot.serial, slot.offered = None, 0, False
+            if slot.running is None:
+                slot.held, slot.left, slot.stored = b"", 0, 0
+                self._backend.truncate(slot.index, 0)
 
     def _store(self, message: StoreBlocks) -> None:
         """Write the granted blocks if a slot still holds them."""
@@ -343,6 +367,7 @@ class Engine:
         written: list[tuple[int, bytes]] = []
         if slot is not None and (last + 1) * self._block_tokens <= slot.n_past:
             written = self._backend.store_blocks(slot.index, message.grants)
+            slot.offered = False
         self._link.send(BlocksStored(serial=message.serial, written=tuple(written)))
 
     # -- reports -------------------------------------------------------------------------------------------------

@@ -38,12 +38,13 @@ def common_blocks(a: bytes, b: bytes, block_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a slot holds. `tokens` (packed) are or will be in its KV, `n_past` of them now; `salt` isolates tenants."""
+    """What a slot holds. `tokens` (packed) are or will be in its KV, `n_past` of them now; `salt` isolates tenants,
+    and None from everybody."""
 
     slot: int
     tokens: bytes
     n_past: int
-    salt: str
+    salt: str | None
     busy: bool
     last_used: int
 

@@ -57,9 +57,17 @@ class Slot:
     """Of the request that filled it last."""
     held: bytes = b""
     left: int = 0
-    salt: str = ""
+    salt: str | None = ""
+    """None: nobody else may use what it holds."""
     last_used: int = 0
     stored: int = 0
+    offered: bool = False
+    """The node was just told of blocks that it may want; it is not free for others before the node could say so."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether its KV must stay."""
+        return self.running is not None or self.offered
 
     @property
     def n_past(self) -> int:
@@ -76,7 +84,7 @@ class Slot:
 
     def as_held(self) -> Held:
         """What the placement of other requests may know."""
-        return Held(self.index, self.held, self.n_past, self.salt, self.running is not None, self.last_used)
+        return Held(self.index, self.held, self.n_past, self.salt, self.busy, self.last_used)
 
     def take(self, other: Slot) -> None:
         """Take over the request of `other`, whose KV is here now and there no more."""
@@ -85,6 +93,7 @@ class Slot:
         self.held, other.held = other.held, b""
         self.salt, self.last_used, self.stored = other.salt, other.last_used, other.stored
         other.left = other.stored = 0
+        self.offered, other.offered = other.offered, False
 
     def free(self, *, keep: bool) -> None:
         """End the running request; with `keep` its tokens stay for others."""

@@ -144,7 +144,13 @@ class Arena:
         if known is None:
             raise OSError(f"{path} is no arena of this version of swarmcpp; `swarmcpp cache clear` removes it")
         lock = _try_lock(path.with_suffix(".lock"))
-        return cls._open(path, known[1], known[0].block_bytes, None, 0, lock) if lock else None
+        if lock is None:
+            return None
+        try:
+            return cls._open(path, known[1], known[0].block_bytes, None, 0, lock)
+        except BaseException:
+            lock.close()
+            raise
 
     @staticmethod
     def count(path: Path, geometry: ArenaGeometry) -> int:

@@ -192,6 +192,9 @@ class SharedBlocks:
         bad = [key for key, origin in self._origin.items() if origin == peer]
         if self.cache:
             self.cache.drop(bad)
+        if self._models.served:
+            # It may have loaded some of them.
+            self._models.served.replica.supervisor.forget()
         for key in bad:
             del self._origin[key]
 

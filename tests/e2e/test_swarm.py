@@ -150,6 +150,8 @@ def test_a_swarm_port_that_is_taken(tiny: Path, data_dir: Path) -> None:
     # Whoever has the default port already, this node must do with another one.
     with ExitStack() as stack:
         holder = stack.enter_context(socket.socket())
+        # What an earlier node's connections left behind must not keep this from holding the port.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             holder.bind((HOST, DEFAULT_PORT))
             holder.listen()

@@ -23,7 +23,7 @@ from swarmcpp.kv.keys import KvIdentity
 from swarmcpp.llama.backend import LlamaBackend
 from swarmcpp.llama.context import Context, ContextOptions, Model
 from swarmcpp.testing import FakeClock
-from swarmcpp.wire import BlocksFull, BlocksStored, Cancel, StepOut, StoreBlocks, Submit, TokenOut, UseArena
+from swarmcpp.wire import BlocksFull, BlocksStored, Cancel, Forget, StepOut, StoreBlocks, Submit, TokenOut, UseArena
 
 BLOCK = 64
 N_CTX = 512
@@ -91,9 +91,8 @@ class Node:
                         self.release(out.serial, out)
                 case BlocksFull() if self.cache:
                     grant = self.cache.grant(message.tokens, message.salt)
-                    if grant.grants:
-                        self.grants.append((message.serial, grant))
-                        self.link.inbox.append(StoreBlocks(message.serial, grant.grants))
+                    self.grants.append((message.serial, grant))
+                    self.link.inbox.append(StoreBlocks(message.serial, grant.grants))
                 case BlocksStored() if self.cache:
                     serial, grant = self.grants.pop(0)
                     assert serial == message.serial
@@ -354,7 +353,7 @@ def test_a_static_batch_is_not_split_by_what_its_requests_have_in_common(node: N
     assert all(shared.tokens(serial) for serial in wanted), "they wait for the first one's prompt, not for its answer"
     assert not shared.tokens(6), "nobody joins later"
     shared.run()
-    assert len(shared.tokens(6)) == 4
+    assert shared.tokens(6)
     assert shared.prompt_rows(*wanted, 6) == 256 + 5 * 20 + 20
     assert answers(shared, wanted) == expected(node, wanted)
 
@@ -448,6 +447,47 @@ def test_the_answer_is_stored_too(node: NodeMaker, cache: PrefixCache) -> None:
     assert (second.first(1).tier, second.first(1).cached_tokens) == ("arena", 192)
 
 
+@pytest.mark.parametrize("max_tokens", [1, 90])
+def test_a_node_that_answers_a_step_later_gets_the_blocks_though_others_wait_for_the_slot(
+    node: NodeMaker, cache: PrefixCache, max_tokens: int
+) -> None:
+    wanted = {serial: request(prompt_of(70, serial), max_tokens) for serial in range(1, 9)}
+    shared = node(cache=cache, n_slots=2)
+    for serial, each in wanted.items():
+        shared.submit(serial, each)
+    late: list[StoreBlocks] = []
+    for _ in range(3000):
+        shared.engine.receive(0.0)
+        if shared.engine.busy:
+            shared.engine.step()
+        answers_now = late
+        shared.listen()
+        late = [message for message in shared.link.inbox if isinstance(message, StoreBlocks)]
+        for message in late:
+            shared.link.inbox.remove(message)
+        shared.link.inbox.extend(answers_now)
+        if not shared.engine.busy and not late and not answers_now:
+            break
+    for serial, each in wanted.items():
+        # The last token is sampled, not computed.
+        tokens = (*each.prompt, *shared.tokens(serial)[:-1])
+        assert cache.held((*tokens, 0), "")[1] == len(tokens) // BLOCK
+
+
+def test_a_slot_of_which_nothing_is_wanted_goes_on_with_the_next_turn(node: NodeMaker, cache: PrefixCache) -> None:
+    wanted = request(prompt_of(150, 1), 1)
+    other = node(cache=cache)
+    first = node(cache=cache, n_slots=2)
+    # Both computed the same: the second to offer it is told that nothing is wanted.
+    for each in (first, other):
+        each.submit(1, wanted)
+    other.run()
+    first.run()
+    assert first.ask(2, request((*wanted.prompt, *first.tokens(1), 5, 6, 7), 1))
+    assert first.backend.length(0) == 154
+    assert first.backend.length(1) == 0, "it is not copied"
+
+
 def test_a_request_that_lost_its_engine_goes_on_from_its_blocks(node: NodeMaker, cache: PrefixCache) -> None:
     wanted = family(1, max_tokens=40)[1]
     right = expected(node, {1: wanted})[1]
@@ -500,6 +540,27 @@ def test_an_arena_that_the_engine_cannot_open_is_only_a_miss(
     assert second.first(2).tier == "slot"
     assert (cache.stats().blocks, cache.stats().bad) == (4, 0), "that is not the fault of the blocks"
     assert not [message for message in second.link.outbox if isinstance(message, BlocksFull)]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 8, 60])
+def test_what_is_to_be_forgotten_is_used_by_nobody(node: NodeMaker, cache: PrefixCache, steps: int) -> None:
+    wanted = family(3)
+    right = expected(node, wanted)
+    node(cache=cache).ask(1, wanted[1])
+    second = node(cache=cache, n_slots=2)
+    for serial in (1, 2):
+        second.submit(serial, wanted[serial])
+    for _ in range(steps):
+        second.step()
+    cache.drop(cache.keys(COMMON, "")[:1])
+    second.link.inbox.append(Forget())
+    second.submit(3, wanted[3])
+    second.run()
+    assert answers(second, wanted) == right
+    assert second.first(3).cached_tokens in (0, 256 if steps == 0 else 0)
+    stored = cache.keys((*wanted[3].prompt, *right[3]), "")
+    assert cache.held((*wanted[3].prompt, *right[3]), "")[1] == len(stored)
+    assert cache.stats().blocks == len(stored), "of the forgotten nothing is stored"
 
 
 # -- the fake alone: what llama.cpp cannot be told to do ---------------------------------------------------------------
