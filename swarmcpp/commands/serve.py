@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import shlex
 import signal
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from types import FrameType
 
@@ -25,6 +27,8 @@ from swarmcpp.swarm.identity import JoinToken
 from swarmcpp.swarm.store import SwarmStore
 from swarmcpp.swarming.swarm import Swarm
 
+logger = logging.getLogger(__name__)
+
 
 def run(loaded: LoadedConfig) -> None:
     """Serve until SIGINT or SIGTERM. Raises StartupError when it cannot start, SwarmError when it cannot go on."""
@@ -35,13 +39,27 @@ def run(loaded: LoadedConfig) -> None:
 
 async def _run(config: Config, path: Path, name: str | None, console: Console) -> None:
     stop = stop_on_signals()
+    async with AsyncExitStack() as stack:
+        swarm: Swarm | None = None
+        try:
+            swarm = await stack.enter_async_context(await _own_swarm(config))
+        except BadConfig as error:
+            if config.swarm.enabled:
+                raise
+            # One machine needs no swarm.
+            logger.warning("no other node can join: %s", error)
+        await serve(config, path, name, console, swarm=swarm, stop=stop)
+
+
+async def _own_swarm(config: Config) -> AbstractAsyncContextManager[Swarm]:
+    """The swarm of this machine, which is a new one the first time. Raises BadConfig."""
     store = SwarmStore(config.storage.data_dir)
     state = await asyncio.to_thread(store.load)
     key = state.key if state else await asyncio.to_thread(store.rotate)
     peers = state.peers if state else ()
-    # Who has peers has said before that this machine's network may come in.
-    async with in_swarm(config, store, key, peers, lan=config.swarm.enabled or bool(peers)) as swarm:
-        await serve(config, path, name, console, swarm=swarm, stop=stop)
+    # Who has peers on other machines has said before that they may come in.
+    lan = config.swarm.enabled or any(not is_loopback(peer.host) for peer in peers)
+    return in_swarm(config, store, key, peers, lan=lan)
 
 
 def find_model(config: Config, console: Console) -> tuple[Path, str | None]:
@@ -60,9 +78,9 @@ def find_model(config: Config, console: Console) -> tuple[Path, str | None]:
 
 
 async def serve(
-    config: Config, path: Path, name: str | None, console: Console, *, swarm: Swarm, stop: asyncio.Event
+    config: Config, path: Path, name: str | None, console: Console, *, swarm: Swarm | None, stop: asyncio.Event
 ) -> None:
-    """Serve `path` as a node of `swarm` until `stop`, telling the terminal how it goes."""
+    """Serve `path`, as a node of `swarm` if there is one, until `stop`, telling the terminal how it goes."""
     view = LoadingView(console, name or path.name)
 
     def ready(serving: node.Serving) -> None:

@@ -12,7 +12,7 @@ from swarmcpp.errors import BadConfig, PortInUse
 from swarmcpp.peers import Address
 from swarmcpp.swarm.discovery import lan_addresses
 from swarmcpp.swarm.identity import SwarmKey
-from swarmcpp.swarm.store import SwarmStore
+from swarmcpp.swarm.store import Identity, SwarmStore
 from swarmcpp.swarming.swarm import Swarm
 
 LOOPBACK = "127.0.0.1"
@@ -40,28 +40,47 @@ async def in_swarm(
     """A started part in the swarm of `key`, closed at the end. Raises BadConfig, PortInUse."""
     hosts = listen_hosts(config, lan=lan)
     identity = await asyncio.to_thread(store.take_identity)
-    port = config.swarm.port
     try:
-        while True:
-            swarm = Swarm(config, key, store, identity)
-            try:
-                await _start(swarm, config, hosts, port, known)
-                # Nobody can have a copy of an identity that is new.
-                if known and identity.boot > 1:
-                    await _hear_of_twin(swarm)
-                if swarm.mesh.twin is None:
-                    yield swarm
-                    return
-                identity = await asyncio.to_thread(store.renew_identity)
-            except PortInUse:
-                # Nobody chose the default: a second node on this machine takes another port.
-                if port != DEFAULT_PORT:
-                    raise
-                port = 0
-            finally:
-                await swarm.close()
+        swarm = await _started(config, store, key, identity, hosts, known)
+        try:
+            yield swarm
+        finally:
+            await swarm.close()
     finally:
         store.close()
+
+
+async def _started(
+    config: Config,
+    store: SwarmStore,
+    key: SwarmKey,
+    identity: Identity,
+    hosts: Sequence[str],
+    known: Sequence[Address],
+) -> Swarm:
+    """A part in the swarm that listens, with an identity that nobody else has. Raises PortInUse, BadConfig."""
+    port = config.swarm.port
+    while True:
+        swarm = Swarm(config, key, store, identity)
+        try:
+            await _start(swarm, config, hosts, port, known)
+            # Nobody can have a copy of an identity that is new.
+            if known and identity.boot > 1:
+                await _hear_of_twin(swarm)
+            if swarm.mesh.twin is None:
+                return swarm
+        except PortInUse:
+            await swarm.close()
+            # Nobody chose the default: a second node on this machine takes another port.
+            if port != DEFAULT_PORT:
+                raise
+            port = 0
+        except BaseException:
+            await swarm.close()
+            raise
+        else:
+            await swarm.close()
+            identity = await asyncio.to_thread(store.renew_identity)
 
 
 async def _start(swarm: Swarm, config: Config, hosts: Sequence[str], port: int, known: Sequence[Address]) -> None:

@@ -52,10 +52,12 @@ def test_a_signal_stops_it_cleanly(model: Path, home: Path, number: signal.Signa
 def test_the_ready_lines_and_their_curl(model: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWARMCPP_API_KEY", "sesame")
     with serving(model, home) as (_process, out):
-        first, second, curl = out.read_text().splitlines()
+        first, second, curl, join = out.read_text().splitlines()
         assert first.startswith("ready: tiny model at http://127.0.0.1:") and first.endswith("/v1")
         assert second.startswith("  2 slots of 256 tokens, ") and "MB of memory" in second
         assert "sesame" not in curl
+        # Nobody said that other machines may come in.
+        assert join.startswith("  another node on this machine") and "swarmcpp join swarm1-" in join
         url = first.rpartition(" ")[2]
         said = swarmcpp("chat", "--url", url, "--max-tokens", "4", stdin="hello\n")
         assert (said.returncode, "4 tokens" in said.stderr) == (0, True), said.stderr
