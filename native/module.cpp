@@ -4,9 +4,13 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <string>
+#include <utility>
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
 
 namespace nb = nanobind;
 
@@ -39,6 +43,61 @@ bool all_finite_f16(const Bytes &bytes) {
     return bad == 0;
 }
 
+// Takes the rows of one tensor out of a graph, and ends the graph there. ggml is reached through the addresses of its
+// functions, and a ggml_tensor stays opaque.
+class LayerTap {
+public:
+    using Rows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+    LayerTap(std::string tensor, uintptr_t get_name, uintptr_t n_bytes, uintptr_t tensor_get)
+        : tensor_(std::move(tensor)),
+          get_name_(reinterpret_cast<GetName>(get_name)),
+          n_bytes_(reinterpret_cast<NBytes>(n_bytes)),
+          tensor_get_(reinterpret_cast<TensorGet>(tensor_get)) {}
+
+    void arm(Rows target) {
+        target_ = std::move(target);  // the reference keeps the memory for as long as a decode may write to it
+        filled_ = 0;
+        overflowed_ = false;
+    }
+
+    size_t filled() const { return overflowed_ ? 0 : filled_; }
+
+    // ggml_backend_sched_eval_callback. Called on the thread that decodes, without the GIL: never touches Python.
+    static bool on_eval(const void *tensor, bool ask, void *data) {
+        auto *tap = static_cast<LayerTap *>(data);
+        if (ask) {
+            return tap->tensor_ == tap->get_name_(tensor);
+        }
+        tap->take(tensor);
+        return false;  // final norm and head are not computed
+    }
+
+private:
+    using GetName = const char *(*)(const void *);
+    using NBytes = size_t (*)(const void *);
+    using TensorGet = void (*)(const void *, void *, size_t, size_t);
+
+    // Each ubatch of a decode comes here once: its rows go behind those of the ubatches before.
+    void take(const void *tensor) {
+        const size_t size = n_bytes_(tensor);
+        if (overflowed_ || size > target_.size() * sizeof(float) - filled_) {
+            overflowed_ = true;
+            return;
+        }
+        tensor_get_(tensor, reinterpret_cast<char *>(target_.data()) + filled_, 0, size);
+        filled_ += size;
+    }
+
+    std::string tensor_;
+    GetName get_name_;
+    NBytes n_bytes_;
+    TensorGet tensor_get_;
+    Rows target_;
+    size_t filled_ = 0;
+    bool overflowed_ = false;
+};
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -47,4 +106,15 @@ NB_MODULE(_native, m) {
           "Address of a ggml_abort_callback; its user data is the address of two uint64: abort step, current step.");
     m.def("all_finite_f16", &all_finite_f16, nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>(),
           "Whether every IEEE half in a byte array (little-endian, shape (n,)) is finite.");
+    nb::class_<LayerTap>(m, "LayerTap", "Takes one tensor's F32 rows out of every graph of one context.")
+        .def(nb::init<std::string, uintptr_t, uintptr_t, uintptr_t>(), nb::arg("tensor"), nb::arg("get_name"),
+             nb::arg("n_bytes"), nb::arg("tensor_get"),
+             "Name of the tensor; addresses of ggml_get_name, ggml_nbytes and ggml_backend_tensor_get.")
+        .def("arm", &LayerTap::arm, nb::arg("target"), "Take the rows of the next decode into this array.")
+        .def_prop_ro("filled", &LayerTap::filled, "Bytes taken since `arm`; 0 when the rows did not fit.")
+        .def_prop_ro("address", [](LayerTap &tap) { return reinterpret_cast<uintptr_t>(&tap); },
+                     "User data of the callback; valid as long as this object.")
+        .def_prop_ro_static("callback_address",
+                            [](nb::handle) { return reinterpret_cast<uintptr_t>(&LayerTap::on_eval); },
+                            "Address of a ggml_backend_sched_eval_callback.");
 }

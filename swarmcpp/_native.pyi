@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import numpy as np
 import numpy.typing as npt
 
@@ -6,3 +8,26 @@ def abort_callback_address() -> int:
 
 def all_finite_f16(bytes: npt.NDArray[np.uint8]) -> bool:
     """Whether every IEEE half in a byte array (little-endian, shape (n,)) is finite."""
+
+class LayerTap:
+    """Takes one tensor's F32 rows out of every graph of one context, and ends the graph there. Not thread-safe."""
+
+    callback_address: ClassVar[int]
+    """Address of a ggml_backend_sched_eval_callback."""
+
+    def __init__(self, tensor: str, get_name: int, n_bytes: int, tensor_get: int) -> None:
+        """Name of the tensor; addresses of ggml_get_name, ggml_nbytes and ggml_backend_tensor_get."""
+
+    def arm(self, target: npt.NDArray[np.float32]) -> None:
+        """Take the rows of the next decode into `target`, shape (capacity, n_embd), C-contiguous.
+
+        The rows of each ubatch go behind those of the one before.
+        """
+
+    @property
+    def filled(self) -> int:
+        """Bytes taken since `arm`; 0 when the rows did not fit."""
+
+    @property
+    def address(self) -> int:
+        """User data of the callback; valid as long as this object."""

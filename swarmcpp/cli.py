@@ -260,6 +260,22 @@ def pull(
     command.run(name, _load(config, **flags).config.storage)
 
 
+@app.command("slice")
+@_with_settings("data_dir")
+def slice_model(
+    model: Annotated[Path, typer.Argument(help="GGUF file of the whole model.", metavar="MODEL", show_default=False)],
+    first: Annotated[int, typer.Argument(help="First layer, from 0.", metavar="A", show_default=False)],
+    last: Annotated[int, typer.Argument(help="Layer after the last.", metavar="B", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="GGUF file to write.", metavar="OUT", show_default=False)],
+    config: ConfigFile = None,
+    **flags: Flag,
+) -> None:
+    """Write layers A to B (without B) of a model as a GGUF of their own."""
+    from swarmcpp.commands import slice as command
+
+    command.run(model, first, last, out, _load(config, **flags).config.storage.data_dir)
+
+
 @app.command()
 @_with_settings("host", "port", "data_dir")
 def doctor(config: ConfigFile = None, as_json: AsJson = False, **flags: Flag) -> None:

@@ -22,13 +22,19 @@ N_UBATCH = 512
 
 @dataclass(frozen=True, slots=True)
 class ContextOptions:
-    """`n_ctx` is per sequence, `abort_callback` and `abort_data` are addresses (0: none)."""
+    """`n_ctx` is per sequence; callbacks and their data are addresses (0: none).
+
+    `all_outputs`: every row of a batch may be an output, not one of each sequence. Without a vocabulary that is cheap.
+    """
 
     n_ctx: int
     n_seqs: int
     n_threads: int
     abort_callback: int = 0
     abort_data: int = 0
+    eval_callback: int = 0
+    eval_data: int = 0
+    all_outputs: bool = False
 
 
 class Model:
@@ -57,7 +63,7 @@ class Context:
         params.n_seq_max = options.n_seqs
         params.n_batch = params.n_ubatch = N_UBATCH
         # One row of logits per sequence: without this bound the output buffer is n_batch x n_vocab floats.
-        params.n_outputs_max = options.n_seqs
+        params.n_outputs_max = N_UBATCH if options.all_outputs else options.n_seqs
         params.n_threads = params.n_threads_batch = options.n_threads
         params.kv_unified = False
         # Not AUTO: the choice would depend on the device, and the KV layout with it.
@@ -70,6 +76,9 @@ class Context:
         if options.abort_callback:
             params.abort_callback = c.ggml_abort_callback(options.abort_callback)
             params.abort_callback_data = ctypes.c_void_p(options.abort_data)
+        if options.eval_callback:
+            params.cb_eval = c.ggml_backend_sched_eval_callback(options.eval_callback)
+            params.cb_eval_user_data = ctypes.c_void_p(options.eval_data)
         lib.recent_errors()
         pointer = c.llama_init_from_model(model.pointer, params)
         if not pointer:
@@ -84,15 +93,16 @@ class Context:
         self._memory = c.llama_get_memory(pointer)
         self.batch = Batch(N_UBATCH)
 
-    def decode(self) -> None:
-        """Compute the rows of `self.batch`. Raises DecodeAborted, DecodeFailed."""
-        code = c.llama_decode(self.pointer, self.batch.struct)
+    def decode(self, batch: Batch | None = None) -> None:
+        """Compute the rows of `batch`, without it of `self.batch`. Raises DecodeAborted, DecodeFailed."""
+        batch = batch or self.batch
+        code = c.llama_decode(self.pointer, batch.struct)
         if code == 0:
             return
         if code == 2:
             raise DecodeAborted("the step was aborted")
         reason = lib.recent_errors() or "no reason given"
-        raise DecodeFailed(f"llama_decode returned {code} on {self.batch.count} rows: {reason}")
+        raise DecodeFailed(f"llama_decode returned {code} on {batch.count} rows: {reason}")
 
     def logits(self, row: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         """A copy of the logits of batch row `row` of the last decode, shape (n_vocab,)."""
@@ -171,13 +181,18 @@ class Batch:
 
     def add(self, seq: int, start: int, tokens: Sequence[int], *, output_last: bool) -> int:
         """Append `tokens` of a sequence from position `start`; the index of its last row is returned."""
-        begin, end = self.count, self.count + len(tokens)
-        if end > self.capacity:
-            raise ValueError(f"{end} rows do not fit into a batch of {self.capacity}")
+        begin, end = self._place(seq, start, len(tokens))
         self._tokens[begin:end] = tokens
-        self._positions[begin:end] = np.arange(start, start + len(tokens))
-        self._seqs[begin:end] = seq
         self._outputs[begin:end] = 0
         self._outputs[end - 1] = output_last
-        self.count = end
         return end - 1
+
+    def _place(self, seq: int, start: int, count: int) -> tuple[int, int]:
+        """Append `count` rows of a sequence from position `start`; their range."""
+        begin, end = self.count, self.count + count
+        if end > self.capacity:
+            raise ValueError(f"{end} rows do not fit into a batch of {self.capacity}")
+        self._positions[begin:end] = np.arange(start, start + count)
+        self._seqs[begin:end] = seq
+        self.count = end
+        return begin, end

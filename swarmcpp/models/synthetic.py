@@ -23,7 +23,7 @@ from swarmcpp.errors import BadModel
 from swarmcpp.models.synthetic_vocab import Tokenizer, write_tokenizer
 
 Quant = Literal["F32", "F16", "Q8_0", "Q4_0"]
-Architecture = Literal["llama", "qwen2", "qwen3"]
+Architecture = Literal["llama", "phi3", "qwen2", "qwen3", "qwen3moe"]
 
 _FILE_TYPES: dict[Quant, gguf.LlamaFileType] = {
     "F32": gguf.LlamaFileType.ALL_F32,
@@ -40,11 +40,12 @@ Q4_STD = 4.64
 OUTPUT_NORM = 4.0
 """Weights of the final norm: logits get this standard deviation, so that sampling has something to choose."""
 BIAS_STD = 0.1
+EXPERTS_USED = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Hyper-parameters of a dense decoder, as GGUF names them. `head_dim` 0 means n_embd / n_head."""
+    """Hyper-parameters of a decoder, as GGUF names them. `head_dim` 0 means n_embd / n_head."""
 
     name: str
     architecture: Architecture
@@ -60,6 +61,8 @@ class Shape:
     rope_freq_base: float = 10000.0
     rms_eps: float = 1e-6
     head_dim: int = 0
+    n_expert: int = 0
+    """Experts of each layer, EXPERTS_USED of them for a token; 0 for a dense model."""
 
     @property
     def n_rot(self) -> int:
@@ -76,7 +79,7 @@ TINY = Shape("tiny", "llama", 2, 64, 4, 2, 128, 512, 512)
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """One tensor to write. `shape` is numpy's order: (rows, columns)."""
+    """One tensor to write. `shape` is numpy's order: (rows, columns), or (experts, rows, columns)."""
 
     name: str
     shape: tuple[int, ...]
@@ -85,7 +88,7 @@ class _Tensor:
 
     @property
     def is_matrix(self) -> bool:
-        return len(self.shape) == 2
+        return len(self.shape) >= 2
 
 
 def write_model(
@@ -153,6 +156,10 @@ def _write_metadata(writer: gguf.GGUFWriter, shape: Shape, quant: Quant) -> None
     writer.add_rope_freq_base(shape.rope_freq_base)
     writer.add_rope_dimension_count(shape.n_rot)
     writer.add_vocab_size(shape.n_vocab)
+    if shape.n_expert:
+        writer.add_expert_count(shape.n_expert)
+        writer.add_expert_used_count(EXPERTS_USED)
+        writer.add_expert_feed_forward_length(shape.n_ff)
     if shape.head_dim:
         writer.add_key_length(shape.head_dim)
         writer.add_value_length(shape.head_dim)
@@ -172,24 +179,25 @@ def _tensors(shape: Shape) -> Iterator[_Tensor]:
 def _layer(prefix: str, shape: Shape) -> Iterator[_Tensor]:
     embd, ff = shape.n_embd, shape.n_ff
     n_q, n_kv = shape.n_head * shape.n_rot, shape.n_head_kv * shape.n_rot
-    matrices = {
-        "attn_q": (n_q, embd),
-        "attn_k": (n_kv, embd),
-        "attn_v": (n_kv, embd),
-        "attn_output": (embd, n_q),
-        "ffn_gate": (ff, embd),
-        "ffn_up": (ff, embd),
-        "ffn_down": (embd, ff),
-    }
+    matrices: dict[str, tuple[int, ...]] = {"attn_output": (embd, n_q)}
+    if shape.architecture == "phi3":
+        matrices |= {"attn_qkv": (n_q + 2 * n_kv, embd), "ffn_up": (2 * ff, embd), "ffn_down": (embd, ff)}
+    else:
+        matrices |= {"attn_q": (n_q, embd), "attn_k": (n_kv, embd), "attn_v": (n_kv, embd)}
+        experts, suffix = ((shape.n_expert,), "_exps") if shape.n_expert else ((), "")
+        matrices |= {f"ffn_{name}{suffix}": (*experts, ff, embd) for name in ("gate", "up")}
+        matrices[f"ffn_down{suffix}"] = (*experts, embd, ff)
+    if shape.n_expert:
+        matrices["ffn_gate_inp"] = (shape.n_expert, embd)
     norms = {"attn_norm": embd, "ffn_norm": embd}
-    if shape.architecture == "qwen3":
+    if shape.architecture in ("qwen3", "qwen3moe"):
         norms |= {"attn_q_norm": shape.n_rot, "attn_k_norm": shape.n_rot}
     for name, width in norms.items():
         yield _Tensor(f"{prefix}{name}.weight", (width,), mean=1.0, std=0.05)
-    for name, (rows, columns) in matrices.items():
-        yield _Tensor(f"{prefix}{name}.weight", (rows, columns), std=1 / math.sqrt(columns))
+    for name, sizes in matrices.items():
+        yield _Tensor(f"{prefix}{name}.weight", sizes, std=1 / math.sqrt(sizes[-1]))
         if shape.architecture == "qwen2" and name in ("attn_q", "attn_k", "attn_v"):
-            yield _Tensor(f"{prefix}{name}.bias", (rows,), std=BIAS_STD)
+            yield _Tensor(f"{prefix}{name}.bias", sizes[:1], std=BIAS_STD)
 
 
 def _describe(writer: gguf.GGUFWriter, tensor: _Tensor, quant: Quant) -> None:
@@ -201,7 +209,7 @@ def _describe(writer: gguf.GGUFWriter, tensor: _Tensor, quant: Quant) -> None:
         dtype = np.dtype(np.float32 if kind == GGMLQuantizationType.F32 else np.float16)
         writer.add_tensor_info(tensor.name, tensor.shape, dtype, n_bytes)
         return
-    byte_shape = (tensor.shape[0], tensor.shape[1] // block * block_bytes)
+    byte_shape = (*tensor.shape[:-1], tensor.shape[-1] // block * block_bytes)
     writer.add_tensor_info(tensor.name, byte_shape, np.dtype(np.uint8), n_bytes, raw_dtype=kind)
 
 

@@ -1,0 +1,188 @@
+"""A stage: llama.cpp on a slice (see models/slicing.py). Rows of embeddings go in; hidden rows or logits come out."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import llama_cpp.llama_cpp as c
+import numpy as np
+import numpy.typing as npt
+from gguf.quants import dequantize
+from llama_cpp._ggml import libggml
+
+from swarmcpp._native import LayerTap
+from swarmcpp.errors import BadModel, BadRequest, DecodeFailed
+from swarmcpp.llama.context import N_UBATCH, Batch, Context, ContextOptions, Model
+from swarmcpp.models.gguf_header import read_header
+from swarmcpp.models.inspect import inspect
+from swarmcpp.models.slicing import slice_of
+
+FloatRows = npt.NDArray[np.float32]
+
+
+class EmbeddingTable:
+    """The token embedding of a whole model, from its file: what goes into the first stage. Thread-safe.
+
+    Bit-identical to llama.cpp's own look-up: gguf's arithmetic is the same for every type that it can read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """`path` is the first file of a split model. Raises BadModel for a slice, whose rows are not the model's."""
+        headers = [read_header(part) for part in inspect(path).files]
+        if slice_of(headers[0]) is not None:
+            raise BadModel(f"{path}: is a slice, which has no token embeddings; give the file of the whole model")
+        found, file = next((t, h) for h in headers for t in h.tensors if t.name == "token_embd.weight")
+        if len(found.shape) != 2:
+            raise BadModel(f"{path}: has a token embedding that is no matrix; download it again")
+        self.n_embd, self.n_vocab = found.shape
+        self._type = found.ggml_type
+        # Mapped, not read: of hundreds of megabytes only the rows of what is said come into memory.
+        self._raw = np.memmap(file.path, np.uint8, "r", found.offset, (self.n_vocab, found.n_bytes // self.n_vocab))
+        try:
+            self.rows([0])
+        except NotImplementedError:
+            raise BadModel(
+                f"{path}: has its token embedding as {self._type.name}, which cannot be looked up here; get the model "
+                "in another quantisation"
+            ) from None
+
+    def rows(self, tokens: Sequence[int]) -> FloatRows:
+        """The embeddings of `tokens`, shape (n, n_embd). Raises BadRequest for an id outside the vocabulary."""
+        for token in tokens:
+            if not 0 <= token < self.n_vocab:
+                raise BadRequest(f"token {token} is not in the vocabulary; ids are 0 to {self.n_vocab - 1}")
+        rows = dequantize(self._raw[list(tokens)], self._type)
+        return np.ascontiguousarray(rows, np.float32).reshape(len(tokens), self.n_embd)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StageRows:
+    """Rows of one slot for one decode: `rows` (n, n_embd) at positions from `start`.
+
+    `output`: the logits after the last row are wanted. Only a tail reads it; the others give every row.
+    """
+
+    slot: int
+    start: int
+    rows: FloatRows
+    output: bool
+
+
+class StageContext:
+    """A context on a slice, with the settings of every other context (see Context). Not thread-safe.
+
+    Rows of ascending slots keep bit-identity with a whole model that gets the same batch.
+    """
+
+    def __init__(self, model: Model, options: ContextOptions, *, is_tail: bool) -> None:
+        """Raises NotEnoughMemory. `is_tail`: the slice has the head (Slice.is_tail)."""
+        self.n_embd = int(c.llama_model_n_embd(model.pointer))
+        self._tap: LayerTap | None = None
+        if not is_tail:
+            self._tap = _tap(f"l_out-{c.llama_model_n_layer(model.pointer) - 1}")
+            options = replace(
+                options,
+                eval_callback=LayerTap.callback_address,
+                eval_data=self._tap.address,
+                all_outputs=True,
+            )
+        self.context = Context(model, options)
+        self._batch = EmbeddingBatch(N_UBATCH, self.n_embd)
+        self._taken = np.empty((N_UBATCH, self.n_embd), np.float32)
+        self._output_rows: dict[int, int] = {}
+
+    def decode(self, parts: Sequence[StageRows]) -> FloatRows:
+        """Compute rows. Of a stage that is not the tail: the hidden rows, shape (rows of all parts, n_embd), in the
+        order of `parts`; of the tail: none, shape (0, n_embd). Raises DecodeAborted, DecodeFailed, and ValueError for
+        more than N_UBATCH rows or another width.
+        """
+        self._batch.clear()
+        self._output_rows.clear()
+        for part in parts:
+            last = self._batch.add_rows(part.slot, part.start, part.rows, every=self._tap is not None, last=part.output)
+            if part.output:
+                self._output_rows[part.slot] = last
+        if self._tap is None:
+            self.context.decode(self._batch)
+            return np.empty((0, self.n_embd), np.float32)
+        self._tap.arm(self._taken)
+        self.context.decode(self._batch)
+        count = self._batch.count
+        if self._tap.filled != count * self.n_embd * self._taken.itemsize:
+            raise DecodeFailed(f"llama.cpp gave {self._tap.filled} bytes of hidden rows for {count} rows")
+        hidden = np.empty((count, self.n_embd), np.float32)
+        hidden[ubatch_order([(part.slot, len(part.rows)) for part in parts])] = self._taken[:count]
+        return hidden
+
+    def output_row(self, slot: int) -> int:
+        """The batch row whose logits a sampler reads for `slot`, after a decode with `output`. Tail only."""
+        return self._output_rows[slot]
+
+    def logits(self, slot: int) -> FloatRows:
+        """A copy of the logits after the last row of `slot`, shape (n_vocab,). Tail only."""
+        return self.context.logits(self._output_rows[slot])
+
+    def close(self) -> None:
+        """Free the context."""
+        self.context.close()
+
+
+class EmbeddingBatch(Batch):
+    """A batch of rows of F32 embeddings instead of tokens."""
+
+    def __init__(self, capacity: int, n_embd: int) -> None:
+        super().__init__(capacity)
+        self._rows = np.zeros((capacity, n_embd), np.float32)
+        self._struct.token = None
+        self._struct.embd = self._rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+    def add_rows(self, seq: int, start: int, rows: FloatRows, *, every: bool, last: bool) -> int:
+        """Append `rows` (n, n_embd) of a sequence from position `start`, `every` one an output or the `last` one.
+
+        The index of the last is returned. Raises ValueError for what does not fit.
+        """
+        if rows.ndim != 2 or not len(rows) or rows.shape[1] != self._rows.shape[1]:
+            raise ValueError(f"rows of shape {rows.shape} for embeddings of width {self._rows.shape[1]}")
+        begin, end = self._place(seq, start, len(rows))
+        self._rows[begin:end] = rows
+        self._outputs[begin:end] = every
+        self._outputs[end - 1] = every or last
+        return end - 1
+
+
+def ubatch_order(parts: Sequence[tuple[int, int]]) -> list[int]:
+    """Batch rows in the order in which llama.cpp computes them; `parts` are (sequence, rows), as in the batch.
+
+    llama_batch_allocr::split_equal (sequential): a ubatch takes as many rows of each of some consecutive sequences
+    as the shortest of them has left; what is left waits for the next. A batch within n_ubatch rows is cut by nothing
+    else.
+    """
+    seqs = [seq for seq, count in parts for _ in range(count)]
+    left: dict[int, list[int]] = {}
+    for row, seq in enumerate(seqs):
+        left.setdefault(seq, []).append(row)
+    order: list[int] = []
+    done: set[int] = set()
+    while left:
+        chosen: list[int] = []
+        for row, seq in enumerate(seqs):
+            if row not in done and seq not in chosen and (not chosen or seq == chosen[-1] + 1):
+                chosen.append(seq)
+        count = min(len(left[seq]) for seq in chosen)
+        for seq in chosen:
+            order += left[seq][:count]
+            left[seq] = left[seq][count:]
+        done.update(order)
+        left = {seq: rows for seq, rows in left.items() if rows}
+    return order
+
+
+def _tap(tensor: str) -> LayerTap:
+    return LayerTap(tensor, *(_address(name) for name in ("ggml_get_name", "ggml_nbytes", "ggml_backend_tensor_get")))
+
+
+def _address(function: str) -> int:
+    return ctypes.cast(getattr(libggml, function), ctypes.c_void_p).value or 0

@@ -1,0 +1,291 @@
+"""Writes slices: the GGUF of a layer range [first, last) of a model, which stock llama.cpp loads as a model of its own.
+
+A slice that has not all layers takes rows of embeddings, never tokens, so it holds one vocabulary-sized tensor at most:
+
+- the tail (last = n_layers) has the vocabulary, the final norm, and the output head under the name of the token
+  embedding, which llama.cpp uses as the head where a file has no other one;
+- the others have `tokenizer.ggml.model = "no_vocab"` with one token and one row of the token embedding, so that the
+  head that llama.cpp insists on is nothing.
+
+A slice [0, n_layers) is the whole model, marked.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarmcpp.errors import BadConfig, BadModel, StartupError
+from swarmcpp.files import read_into
+from swarmcpp.models.gguf_header import ARRAY, MAGIC, STRING, GgufHeader, Scalar, TensorInfo, read_header
+from swarmcpp.models.inspect import ModelFile, inspect
+
+ARCHITECTURES = ("llama", "phi3", "qwen2", "qwen3", "qwen3moe")
+"""Those whose stages are tested to compute what the whole model does, bit for bit. What makes others wrong: layers that
+depend on their number, inputs that are scaled, attention scales that llama.cpp guesses from the number of layers."""
+
+COPY_BYTES = 1 << 20
+DIGEST_BYTES = 32
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+_FIRST, _LAST, _OF = "swarmcpp.slice.first", "swarmcpp.slice.last", "swarmcpp.slice.of"
+_FINGERPRINT = "swarmcpp.slice.fingerprint"
+_PER_LAYER = (
+    "attention.head_count",
+    "attention.head_count_kv",
+    "feed_forward_length",
+    "expert_feed_forward_length",
+    "expert_used_count",
+)
+"""Keys of an architecture that may have one number for each layer, as llama.cpp reads them (get_key_or_arr)."""
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+_UINT32 = 4
+_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Of one scalar by its GGUF type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What a slice's file says of itself: layers [first, last) of the `n_layers` of the model with `fingerprint`."""
+
+    first: int
+    last: int
+    n_layers: int
+    fingerprint: bytes
+
+    @property
+    def is_tail(self) -> bool:
+        """It computes logits; otherwise hidden rows for the next stage."""
+        return self.last == self.n_layers
+
+
+def slice_of(header: GgufHeader) -> Slice | None:
+    """What the file is a slice of, or None for a whole model. Raises BadModel when its marks are damaged."""
+    marks = [header.metadata.get(key) for key in (_FIRST, _LAST, _OF, _FINGERPRINT)]
+    if marks == [None] * 4:
+        return None
+    first, last, n_layers, fingerprint = marks
+    layers = header.metadata.get(f"{header.metadata.get('general.architecture')}.block_count")
+    if (
+        isinstance(first, int)
+        and isinstance(last, int)
+        and isinstance(n_layers, int)
+        and isinstance(fingerprint, str)
+        and 0 <= first < last <= n_layers
+        and layers == last - first
+        and re.fullmatch("[0-9a-f]{64}", fingerprint)
+    ):
+        return Slice(first, last, n_layers, bytes.fromhex(fingerprint))
+    raise BadModel(f"{header.path}: says in swarmcpp.slice.* what no slice can be; make it again with `swarmcpp slice`")
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A tensor of the slice: its new name and shape, and `n_bytes` at `offset` of file number `file`."""
+
+    name: str
+    tensor: TensorInfo
+    shape: tuple[int, ...]
+    n_bytes: int
+    file: int
+
+
+def check_sliceable(model: ModelFile, first: int, last: int) -> None:
+    """Raises BadConfig for a range that is none, BadModel for a model of which no slices can be made."""
+    if not 0 <= first < last <= model.n_layers:
+        raise BadConfig(
+            f"layers {first} to {last} of {model.path}: a slice [A, B) needs 0 <= A < B <= {model.n_layers}, "
+            "the number of its layers"
+        )
+    if model.architecture not in ARCHITECTURES:
+        raise BadModel(
+            f"{model.path}: slices of architecture {model.architecture!r} are not known to compute the same; "
+            f"tested are {', '.join(ARCHITECTURES)}: serve it whole"
+        )
+
+
+def write_slice(source: Path, first: int, last: int, target: Path, *, fingerprint: bytes) -> Path:
+    """Write layers [first, last) of the model at `source` (the first file of a split one) to `target`.
+
+    `fingerprint` is the whole model's (see models/manifest.py), 32 bytes. Memory stays within the metadata and
+    COPY_BYTES; `target` appears when it is whole, and its path is returned. Raises BadConfig for a range that is none,
+    BadModel for a model that is damaged, a slice already, or not of ARCHITECTURES, StartupError when `target` cannot
+    be written.
+    """
+    if len(fingerprint) != DIGEST_BYTES:
+        raise ValueError(f"a fingerprint of {len(fingerprint)} bytes, not {DIGEST_BYTES}")
+    model = inspect(source)
+    headers = [read_header(path) for path in model.files]
+    found = slice_of(headers[0])
+    if found is not None:
+        raise BadModel(
+            f"{source}: is a slice itself (layers {found.first} to {found.last} of {found.n_layers}); "
+            "give the file of the whole model"
+        )
+    check_sliceable(model, first, last)
+    if headers[0].metadata.get(f"{model.architecture}.nextn_predict_layers"):
+        raise BadModel(f"{source}: has layers that predict further tokens, which no slice can hold; serve it whole")
+    wanted = Slice(first, last, model.n_layers, fingerprint)
+    parts = tuple(_parts(headers, wanted))
+    scratch = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        if target.exists() and any(target.samefile(path) for path in model.files):
+            raise BadConfig(f"{target}: is the model itself; give the slice another name")
+        _write(scratch, headers, _metadata(headers[0], model.architecture, wanted), parts)
+        scratch.replace(target)
+    except OSError as error:
+        size = sum(part.n_bytes for part in parts)
+        raise StartupError(
+            f"{target}: cannot write the slice ({error.strerror}); it takes {size} bytes: free some, or choose "
+            "another place"
+        ) from error
+    finally:
+        # Where it could not be made it cannot be removed either.
+        with suppress(OSError):
+            scratch.unlink()
+    return target
+
+
+def _parts(headers: Sequence[GgufHeader], wanted: Slice) -> Iterator[_Part]:
+    """The tensors of the slice, in the order of the source."""
+    whole = wanted.last - wanted.first == wanted.n_layers
+    names = {tensor.name for header in headers for tensor in header.tensors}
+    head = _HEAD if _HEAD in names else _EMBEDDING
+    missing = set(range(wanted.first, wanted.last))
+    if any(len(t.shape) != 2 for header in headers for t in header.tensors if t.name in (_EMBEDDING, _HEAD)):
+        raise BadModel(f"{headers[0].path}: has a token embedding that is no matrix; download it again")
+    for file, header in enumerate(headers):
+        for tensor in header.tensors:
+            same = _Part(tensor.name, tensor, tensor.shape, tensor.n_bytes, file)
+            block = _BLOCK.fullmatch(tensor.name)
+            if block is not None:
+                number = int(block[1])
+                if wanted.first <= number < wanted.last:
+                    missing.discard(number)
+                    name = f"blk.{number - wanted.first}.{block[2]}"
+                    yield _Part(name, tensor, tensor.shape, tensor.n_bytes, file)
+            elif whole:
+                yield same
+            elif wanted.is_tail:
+                if tensor.name == head:
+                    yield _Part(_EMBEDDING, tensor, tensor.shape, tensor.n_bytes, file)
+                elif tensor.name != _EMBEDDING:
+                    yield same
+            elif tensor.name == _EMBEDDING:
+                row = tensor.n_bytes // tensor.shape[-1]
+                yield _Part(_EMBEDDING, tensor, (tensor.shape[0], 1), row, file)
+            elif not tensor.name.startswith("output."):
+                yield same
+    if missing:
+        raise BadModel(f"{headers[0].path}: has no tensors of layer {min(missing)}; download it again")
+
+
+def _metadata(header: GgufHeader, architecture: str, wanted: Slice) -> list[bytes]:
+    """The slice's key-value pairs, encoded: the source's bytes, but for what tells layers and vocabulary."""
+    n_layers = wanted.last - wanted.first
+    has_vocab = wanted.is_tail
+    changed: dict[str, bytes] = {f"{architecture}.block_count": _u32(n_layers)}
+    for key in (f"{architecture}.{name}" for name in _PER_LAYER):
+        value = header.metadata.get(key)
+        if isinstance(value, tuple):
+            changed[key] = _numbers(header.path, key, value, wanted)
+    if not has_vocab:
+        changed["tokenizer.ggml.model"] = _string_value("no_vocab")
+        changed[f"{architecture}.vocab_size"] = _u32(1)
+    pairs: list[bytes] = []
+    for key, value_bytes in _raw_pairs(header):
+        # With a split.count llama.cpp would look for the other files.
+        if key in changed or key.startswith("split.") or (key.startswith("tokenizer.") and not has_vocab):
+            continue
+        pairs.append(_string(key) + value_bytes)
+    changed |= {_FIRST: _u32(wanted.first), _LAST: _u32(wanted.last), _OF: _u32(wanted.n_layers)}
+    changed[_FINGERPRINT] = _string_value(wanted.fingerprint.hex())
+    return pairs + [_string(key) + value for key, value in changed.items()]
+
+
+def _raw_pairs(header: GgufHeader) -> Iterator[tuple[str, bytes]]:
+    """Each key with its value's bytes, from the type on. The header was checked when it was read."""
+    with header.path.open("rb") as file:
+        data = file.read(header.data_offset)
+    at = 4 + 4 + 8 + 8
+    for _ in range(len(header.metadata)):
+        (length,) = _U64.unpack_from(data, at)
+        start = at + 8 + length
+        at = _value_end(data, start)
+        yield data[start - length : start].decode(), data[start:at]
+
+
+def _value_end(data: bytes, at: int) -> int:
+    (kind,) = _U32.unpack_from(data, at)
+    at += 4
+    count = 1
+    if kind == ARRAY:
+        (kind,) = _U32.unpack_from(data, at)
+        (count,) = _U64.unpack_from(data, at + 4)
+        at += 12
+    if kind != STRING:
+        return at + _BYTES[kind] * count
+    for _ in range(count):
+        at += 8 + _U64.unpack_from(data, at)[0]
+    return at
+
+
+def _u32(value: int) -> bytes:
+    return struct.pack("<II", _UINT32, value)
+
+
+def _numbers(path: Path, key: str, values: tuple[Scalar, ...], wanted: Slice) -> bytes:
+    """The numbers of the slice's layers as an array of uint32."""
+    if len(values) != wanted.n_layers or not all(isinstance(v, int) and 0 <= v < 1 << 32 for v in values):
+        raise BadModel(f"{path}: has no whole number for each of {wanted.n_layers} layers in {key}; download it again")
+    kept = values[wanted.first : wanted.last]
+    return struct.pack(f"<IIQ{len(kept)}I", ARRAY, _UINT32, len(kept), *kept)
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return _U64.pack(len(data)) + data
+
+
+def _string_value(text: str) -> bytes:
+    return _U32.pack(STRING) + _string(text)
+
+
+def _write(path: Path, headers: Sequence[GgufHeader], pairs: Sequence[bytes], parts: Sequence[_Part]) -> None:
+    """Raises OSError for `path`, BadModel when a source has changed since its header was read."""
+    alignment = headers[0].alignment
+    with path.open("wb") as out:
+        out.write(struct.pack("<4sIQQ", MAGIC, headers[0].version, len(parts), len(pairs)))
+        out.writelines(pairs)
+        offset = 0
+        for part in parts:
+            entry = struct.pack(f"<I{len(part.shape)}Q", len(part.shape), *part.shape)
+            out.write(_string(part.name) + entry + struct.pack("<IQ", part.tensor.ggml_type, offset))
+            offset += -(-part.n_bytes // alignment) * alignment
+        sources = [header.path.open("rb") for header in headers]
+        try:
+            buffer = memoryview(bytearray(COPY_BYTES))
+            for part in parts:
+                out.write(bytes(-out.tell() % alignment))
+                fd = sources[part.file].fileno()
+                for done in range(0, part.n_bytes, COPY_BYTES):
+                    chunk = buffer[: min(COPY_BYTES, part.n_bytes - done)]
+                    if read_into(fd, chunk, part.tensor.offset + done) != len(chunk):
+                        raise BadModel(f"{headers[part.file].path}: became shorter while it was read; try again")
+                    out.write(chunk)
+            out.write(bytes(-out.tell() % alignment))
+        finally:
+            for source in sources:
+                source.close()
+        out.flush()
+        # A name must not outlive a crash that its bytes did not.
+        os.fsync(out.fileno())
