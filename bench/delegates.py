@@ -47,7 +47,9 @@ KILL_TOKENS = 200
 SEAM = 8
 """Characters after the seam in which a token that is lost or repeated shows."""
 
-OPENINGS = ("Once upon a time", "One day", "There was a", "Tim and Sue", "The little dog", "In the park", "A big red")
+OPENINGS = ("The dog ran to the big tree", "Tom saw a tree", "Mia went to the tree", "Sue saw a tree")
+"""Beginnings whose 500 greedy tokens come past no near tie, the best two tokens never nearer than 0.016: what one node
+computed token by token the next one computes in chunks, and unquantised weights round differently then."""
 
 
 def gateway_model(setup: Setup) -> Path:
@@ -241,7 +243,7 @@ async def kill(setup: Setup) -> Outcome:
 async def _killed(setup: Setup, nodes: Nodes, model: Path, round_: int) -> tuple[_Kill, str]:
     """One answer undisturbed, then again with its node killed; that node's name. The killed node is down after."""
     rng = setup.rng("kill", round_)
-    prompt = f"{rng.choice(OPENINGS)} {rng.choice(OPENINGS).lower()}"
+    prompt = rng.choice(OPENINGS)
     client = nodes.client(GATEWAY, model)
     calm = await client.complete(prompt, KILL_TOKENS)
     watched = Watched(client, prompt, KILL_TOKENS)

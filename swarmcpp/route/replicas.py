@@ -41,9 +41,9 @@ SLOW_PASS_S: Final = 0.025
 TILE_TOKENS: Final = 64
 """Prompt tokens that one such pass takes."""
 
-TIE_SHARE: Final = 0.05
+TIE_SHARE: Final = 0.15
 TIE_S: Final = 0.05
-"""What a peer must win by, the larger of the two: estimates are not better than that, and a hop may fail."""
+"""What a peer must win by, the larger of the two: measured rates of equal machines differ by as much."""
 
 LEAST_TPS: Final = 1e-3
 """A lower rate is taken for unknown, which keeps every estimate finite whatever a peer tells."""

@@ -64,6 +64,16 @@ class Tally:
         self.ttft_s += TTFT_SHARE * (ttft_s - self.ttft_s) if self.ttft_s else ttft_s
 
 
+@dataclass(slots=True)
+class _Sent:
+    """A request under way at a peer: since when, and the tokens of its prompt that the peer has to compute."""
+
+    begun: float
+    tokens: int
+    alone: bool
+    """Nothing else ran there, as far as this node knows, so its times say how fast the peer is."""
+
+
 class Requests:
     """The requests of one node. Used on the event loop's thread."""
 
@@ -78,8 +88,7 @@ class Requests:
         self._clock = clock
         self._serial = 0
         self._running: dict[int, Running] = {}
-        self._sent: dict[NodeId, list[tuple[float, int]]] = {}
-        """When requests were sent that are still under way at a peer, and the tokens of their prompts."""
+        self._sent: dict[NodeId, list[_Sent]] = {}
         self._rates = DelegationRates(clock)
         self.tally = Tally()
 
@@ -186,7 +195,7 @@ class Requests:
     def _unseen(self, node: NodeId, heard_s: float) -> list[int]:
         """Prompt tokens of requests that were sent to a peer so late that its last news does not count them."""
         now = self._clock()
-        return [tokens for at, tokens in self._sent.get(node, ()) if now - at < heard_s + SEEN_S]
+        return [each.tokens for each in self._sent.get(node, ()) if now - each.begun < heard_s + SEEN_S]
 
     async def _run(
         self, replica: Replica, request: GenerateRequest, local: LocalReplica | None
@@ -218,8 +227,12 @@ class Requests:
             raise PeerLost(f"{replica.route} is not there any more")
         there = replace(request, model=self._models.name_at(replica.node, request.model))
         begun = self._clock()
-        sent = (begun, max(0, len(request.prompt) + len(request.generated) - replica.warm_tokens))
-        self._sent.setdefault(replica.node, []).append(sent)
+        others = self._sent.setdefault(replica.node, [])
+        for other in others:
+            other.alone = False
+        tokens = max(0, len(request.prompt) + len(request.generated) - replica.warm_tokens)
+        sent = _Sent(begun, tokens, alone=not others and replica.ahead == 0)
+        others.append(sent)
         first: TokenPart | None = None
         first_at, count = 0.0, 0
         try:
@@ -230,10 +243,10 @@ class Requests:
                     count += len(part.tokens)
                     yield part
         finally:
-            self._sent[replica.node].remove(sent)
+            self._sent[replica.node] = [each for each in self._sent[replica.node] if each is not sent]
             if not self._sent[replica.node]:
                 del self._sent[replica.node]
-            if first:
+            if first and sent.alone:
                 # What the peer says of its prefill is not looked at: what this node waited for it is.
                 self._rates.add(
                     replica.node,
@@ -241,5 +254,5 @@ class Requests:
                     prefill_s=first_at - begun - min(first.queue_s, first_at - begun),
                     tokens=count - len(first.tokens),
                     decode_s=self._clock() - first_at,
-                    streams=min(replica.slots, replica.ahead + 1),
+                    streams=1,
                 )
