@@ -41,7 +41,7 @@ SLOW_PASS_S: Final = 0.025
 TILE_TOKENS: Final = 64
 """Prompt tokens that one such pass takes."""
 
-TIE_SHARE: Final = 0.15
+TIE_SHARE: Final = 0.1
 TIE_S: Final = 0.05
 """What a peer must win by, the larger of the two: measured rates of equal machines differ by as much."""
 

@@ -45,7 +45,7 @@ def test_a_busy_node_sends_them_away() -> None:
     assert pick(replace(LOCAL, outstanding=1), PEER).replica == PEER
 
 
-@pytest.mark.parametrize(("peer_tps", "chosen"), [(20.9, LOCAL), (21.4, PEER)])
+@pytest.mark.parametrize(("peer_tps", "chosen"), [(21.9, LOCAL), (22.4, PEER)])
 def test_a_near_tie_stays_here(peer_tps: float, chosen: Replica) -> None:
     peer = with_load(PEER, decode_tps=peer_tps)
     assert pick(LOCAL, peer, prompt=1, max_tokens=200).replica.node == chosen.node
