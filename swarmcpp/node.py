@@ -42,7 +42,7 @@ from swarmcpp.llama.vocab import VocabModel
 from swarmcpp.local import LocalReplica
 from swarmcpp.models.capacity import choose_capacity
 from swarmcpp.models.inspect import ModelFile, inspect
-from swarmcpp.models.manifest import Manifest, manifest_of
+from swarmcpp.models.manifest import manifest_of
 from swarmcpp.peers import ModelOffer, TokenPart
 from swarmcpp.status import SwarmStatus
 from swarmcpp.supervisor import EngineStatus, EngineSupervisor
@@ -261,37 +261,28 @@ async def _events(
             return
 
 
-@dataclass(frozen=True, slots=True)
-class OpenedCache:
-    """What the cache and the swarm need to know of the model's KV: the files' manifest and the root of block keys."""
-
-    manifest: Manifest
-    root: bytes
-    cache: PrefixCache | None
-
-
-def open_cache(config: Config, prepared: Prepared, layout: KvLayout) -> OpenedCache:
-    """The node's blocks for a context of this shape; without a cache, and a line in the log, if there can be none.
-
-    Blocking.
-    """
+def open_cache(config: Config, prepared: Prepared, layout: KvLayout) -> PrefixCache | None:
+    """The node's blocks for a context of this shape; None, with a line in the log, when there can be none. Blocking."""
     block_tokens = config.inference.prefix_cache_block_tokens
-    manifest = manifest_of(prepared.model.files, config.storage.data_dir)
     identity = KvIdentity(
-        fingerprint=manifest.fingerprint, block_tokens=block_tokens, kv_types=(layout.k_type, layout.v_type)
+        fingerprint=manifest_of(prepared.model.files, config.storage.data_dir).fingerprint,
+        block_tokens=block_tokens,
+        kv_types=(layout.k_type, layout.v_type),
     )
-    root = identity.root()
     directory = config.storage.data_dir / "arena"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         default = min(disk_free(directory) // DISK_SHARE, prepared.hardware.memory_total // MEMORY_SHARE)
         size = config.storage.cache_bytes
-        arena = Arena.open(directory, root, layout.token_bytes * block_tokens, size, default, prepared.info.path)
+        arena = Arena.open(
+            directory, identity.root(), layout.token_bytes * block_tokens, size, default, prepared.info.path
+        )
     except OSError as error:
         logger.warning("no cache on disk: %s", error)
-        arena = None
-    cache = PrefixCache(arena, identity, config.inference.prefix_cache_max_entries) if arena else None
-    return OpenedCache(manifest, root, cache)
+        return None
+    if arena is None:
+        return None
+    return PrefixCache(arena, identity, config.inference.prefix_cache_max_entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,10 +317,10 @@ async def run(
     loop = asyncio.get_running_loop()
 
     def open_for(layout: KvLayout) -> PrefixCache | None:
-        opened = open_cache(config, prepared, layout)
-        if swarm:
-            loop.call_soon_threadsafe(_share, swarm, opened, layout)
-        return opened.cache
+        cache = open_cache(config, prepared, layout)
+        if swarm and cache:
+            loop.call_soon_threadsafe(swarm.blocks.use, cache, layout.token_bytes)
+        return cache
 
     supervisor = EngineSupervisor(prepared.options, on_change=on_progress, open_cache=open_for)
     node = Node(config, prepared, supervisor, swarm)
@@ -354,11 +345,6 @@ async def run(
     finally:
         await node.close()
         await server.close()
-
-
-def _share(swarm: Swarm, opened: OpenedCache, layout: KvLayout) -> None:
-    if opened.cache:
-        swarm.blocks.use(opened.cache, opened.root, layout.token_bytes)
 
 
 async def _offer(swarm: Swarm, node: Node, prepared: Prepared, config: Config) -> None:

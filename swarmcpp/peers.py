@@ -5,11 +5,9 @@ Standard library only, frozen, as everything that crosses a module boundary.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Protocol
 
-from swarmcpp.core import EngineState, FinishReason, GenerateRequest
+from swarmcpp.core import EngineState, FinishReason
 
 NodeId = str
 """16 hex digits: the first 8 bytes of the BLAKE3 of a node's public key. Who proves the key is that node."""
@@ -135,11 +133,3 @@ class TokenPart:
     prefill_s: float = 0.0
     fetch_s: float = 0.0
     """Seconds spent on fetching blocks from peers."""
-
-
-class Host(Protocol):
-    """What the swarm's server side needs of its node. Called on the event loop's thread."""
-
-    def delegated(self, request: GenerateRequest, origin: NodeId) -> AsyncGenerator[TokenPart, None]:
-        """Run a peer's request on the local engine; closing it cancels. Raises what admission raises."""
-        ...

@@ -98,6 +98,11 @@ class PrefixCache:
         return self._arena.path
 
     @property
+    def root(self) -> bytes:
+        """The key before the first blocks without a salt: what KV of this cache depends on beside its tokens."""
+        return self._identity.root()
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of a payload."""
         return self._arena.geometry.block_bytes

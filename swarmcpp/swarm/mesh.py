@@ -258,8 +258,6 @@ class Mesh:
             address = dial.addresses[0]
             try:
                 await self._greet(address, dial)
-            except asyncio.CancelledError:
-                raise
             except SwarmError as error:
                 reason = (dial.link.refusal if dial.link else "") or str(error)
                 if reason != dial.refused:

@@ -76,8 +76,9 @@ class SharedBlocks:
         """Whether blocks of peers are used at all."""
         return self.cache is not None and self._context.settings.trust_min <= 1
 
-    def use(self, cache: PrefixCache, root: bytes, token_bytes: int) -> None:
-        """Share the blocks of a cache, the only one from now on; `root` and `token_bytes` as in the model's offer."""
+    def use(self, cache: PrefixCache, token_bytes: int) -> None:
+        """Share the blocks of a cache, the only one from now on; `token_bytes` as in the model's offer."""
+        root = cache.root
         loop = asyncio.get_running_loop()
         server = BlockServer(root, cache.read_block, kvwire.quantise, self._key.block_id, self._governor())
         gone = self.server.clear() if self.server else []
