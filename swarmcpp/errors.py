@@ -28,7 +28,9 @@
     ├── PeerError                  502  peer                 another node of the swarm failed this one
     │   ├── PeerLost               502  peer_lost            the link broke, or the peer ended
     │   ├── PeerTimeout            502  peer_timeout         it did not answer in time
-    │   └── IdentityTaken          502  identity_taken       two nodes have the same keys
+    │   ├── IdentityTaken          502  identity_taken       two nodes have the same keys
+    │   ├── StageLost              502  stage_lost           a stage lost its KV, or does not know what it is asked for
+    │   └── StageFailed            502  stage_failed         a pass failed at the stage of `node`; `reason` is a code
     └── WireError                  502  wire                 a message that cannot be decoded or is over its limit
 
 A class carries its HTTP status and wire code, so that each is mapped once and nowhere else.
@@ -186,6 +188,19 @@ class PeerTimeout(PeerError):
 
 class IdentityTaken(PeerError):
     code = "identity_taken"
+
+
+class StageLost(PeerError):
+    code = "stage_lost"
+
+
+class StageFailed(PeerError):
+    code = "stage_failed"
+
+    def __init__(self, message: str, *, node: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.node = node
+        self.reason = reason
 
 
 class WireError(SwarmError):

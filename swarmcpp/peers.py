@@ -54,6 +54,31 @@ class ModelOffer:
     ctx_size: int
     slots: int
     created: int = 0
+    pipeline: bool = False
+    """The node answers through stages, of which it may hold some: it has not all layers itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageOffer:
+    """A stage that a node runs: layers [first, last) of the model with `fingerprint`, for `slots` sequences."""
+
+    fingerprint: bytes
+    first: int
+    last: int
+    n_layers: int
+    ctx_size: int
+    slots: int
+    free: int
+    """Sequences that nobody has."""
+    pass_s: tuple[tuple[int, float], ...] = ()
+    """(rows, seconds) of its passes as measured, by rising rows, at most 16 entries."""
+    draining: bool = False
+    """It takes no new sequences, and ends when it has none."""
+
+    @property
+    def is_tail(self) -> bool:
+        """It computes logits and samples."""
+        return self.last == self.n_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +142,7 @@ class Capability:
     observed_latencies: tuple[ObservedLatency, ...] = ()
     heartbeat_s: float = 1.0
     """The longest that it keeps silent, in seconds."""
+    stages: tuple[StageOffer, ...] = ()
     sequence: int = 0
     """That of its last gossip when it said this, so that what was said later is told from what arrives later."""
 

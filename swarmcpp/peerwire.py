@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from swarmcpp.core import GenerateRequest
 from swarmcpp.peers import Address, Capability, Load, TokenPart
-from swarmcpp.wire import Codec
+from swarmcpp.wire import Codec, RowEncoding
 
 PROTOCOL: Final = 1
 """First byte of every frame. A Hello also tells the range that a node speaks, which old and new nodes agree on."""
@@ -30,6 +30,12 @@ MAX_FRAMES: Final = 64
 
 MAX_IDS: Final = 4096
 """Block ids in one message."""
+
+MAX_PARTS: Final = 512
+"""Sequences in one pass: as many as rows that llama.cpp computes at once."""
+
+MAX_HOPS: Final = 64
+"""Stages of a route."""
 
 BlockId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -95,6 +101,76 @@ class GetChunk(msgspec.Struct, frozen=True, tag="get-chunk"):
     index: Annotated[int, Meta(ge=0, le=2**32)]
 
 
+class Hop(msgspec.Struct, frozen=True, array_like=True):
+    """A stage of a route: layers [first, last) at `node`."""
+
+    node: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+    first: int
+    last: int
+
+
+class OpenSequence(msgspec.Struct, frozen=True, tag="open-sequence"):
+    """See `stages.StageCaller.open`; `stage` is the one that is asked. Answered by SequenceReady."""
+
+    fingerprint: Digest
+    stage: Hop
+    sequence: BlockId
+    epoch: int
+    keys: Annotated[tuple[Digest, ...], Meta(max_length=MAX_IDS)]
+    n_tokens: int
+    request: GenerateRequest | None = None
+
+
+class ResumeSequence(msgspec.Struct, frozen=True, tag="resume-sequence"):
+    """See `stages.StageCaller.resume`. Answered by SequenceReady."""
+
+    fingerprint: Digest
+    stage: Hop
+    sequence: BlockId
+    epoch: int
+    n_tokens: int
+
+
+class PassPart(msgspec.Struct, frozen=True, array_like=True):
+    """See `stages.SequencePart`."""
+
+    sequence: BlockId
+    epoch: int
+    start: int
+    count: int
+    output: bool
+
+
+class RunStage(msgspec.Struct, frozen=True, tag="run-stage"):
+    """See `stages.Pass`. Frames beside it: the encoded rows, cut anywhere. Answered by PassReply once the whole chain
+    has computed it; the replies of one head come in the order of its passes."""
+
+    fingerprint: Digest
+    stage: Hop
+    parts: Annotated[tuple[PassPart, ...], Meta(min_length=1, max_length=MAX_PARTS)]
+    encoding: RowEncoding
+    onward: Annotated[tuple[Hop, ...], Meta(max_length=MAX_HOPS)] = ()
+    wire: RowEncoding = "f32"
+
+
+class StoreSequence(msgspec.Struct, frozen=True, tag="store-sequence"):
+    """See `stages.StageCaller.store`. Answered by Pong."""
+
+    fingerprint: Digest
+    stage: Hop
+    sequence: BlockId
+    epoch: int
+    keys: Annotated[tuple[Digest, ...], Meta(max_length=MAX_IDS)]
+
+
+class CloseSequence(msgspec.Struct, frozen=True, tag="close-sequence"):
+    """See `stages.StageCaller.close`. Answered by Pong."""
+
+    fingerprint: Digest
+    stage: Hop
+    sequence: BlockId
+
+
 # -- replies -------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +218,23 @@ class ChunkReply(msgspec.Struct, frozen=True, tag="chunk"):
     """Beside it: the chunk's bytes, whose BLAKE3 is in the manifest."""
 
 
+class SequenceReady(msgspec.Struct, frozen=True, tag="sequence"):
+    """The answer to OpenSequence and ResumeSequence: tokens, as `stages.StageCaller` says."""
+
+    n_tokens: int
+
+
+class PassReply(msgspec.Struct, frozen=True, tag="passed"):
+    """See `stages.Passed`; `times` are (compute_s, queue_s) of each stage from the one asked. With a `code`, the pass
+    failed at `node` for this reason."""
+
+    ids: Annotated[tuple[int, ...], Meta(max_length=MAX_PARTS)] = ()
+    times: Annotated[tuple[tuple[float, float], ...], Meta(max_length=MAX_HOPS + 1)] = ()
+    node: Text = ""
+    code: Text = ""
+    message: Text = ""
+
+
 class Failure(msgspec.Struct, frozen=True, tag="failure"):
     """A request failed; `code` is a wire code of swarmcpp.errors."""
 
@@ -186,8 +279,10 @@ class Gossip(msgspec.Struct, frozen=True, tag="gossip"):
     news: Alive | PrefixCacheAnnounce | Leaving | NodeCapability
 
 
-Ask = Hello | Ping | Generate | Cancel | FetchBlocks | ListBlocks | GetManifest | GetChunk
-Reply = Welcome | Pong | Part | KeepAlive | Blocks | BlockPage | ManifestReply | ChunkReply | Failure
+AskStage = OpenSequence | ResumeSequence | RunStage | StoreSequence | CloseSequence
+Ask = Hello | Ping | Generate | Cancel | FetchBlocks | ListBlocks | GetManifest | GetChunk | AskStage
+StageReply = SequenceReady | PassReply
+Reply = Welcome | Pong | Part | KeepAlive | Blocks | BlockPage | ManifestReply | ChunkReply | StageReply | Failure
 PeerMessage = Ask | Reply | Gossip
 
 _codec: Codec[PeerMessage] = Codec(PeerMessage, PROTOCOL, MAX_MESSAGE)

@@ -7,7 +7,7 @@ message: they are raw frames beside it.
 
 from __future__ import annotations
 
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -17,6 +17,10 @@ from swarmcpp.errors import WireError
 VERSION: Final = 1
 MAX_FRAME: Final = 16 << 20
 """Bytes. A million-token prompt is 5 MB in msgpack; anything near this limit is not one of our messages."""
+
+
+RowEncoding = Literal["f32", "q8_0"]
+"""How rows between stages are written: little-endian float32, or ggml's Q8_0 (34 bytes for 32 values), row by row."""
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +39,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of a block; 0 turns every reuse of prefixes off."""
     diag: bool = False
     """Say what every step does, on standard error."""
+    stage: bool = False
+    """The file is a slice: the engine computes the Runs that its node sends, and samples if it has the last layer."""
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
@@ -80,6 +86,36 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     serial: int
 
 
+class Place(msgspec.Struct, frozen=True, tag="place"):
+    """Node to stage: give `serial` a sequence whose KV is that of `blocks`, anew if it has one. Answered by Placed.
+
+    `request` only to a tail: what it samples by, after `generated`.
+    """
+
+    serial: int
+    blocks: tuple[BlockRef, ...] = ()
+    request: GenerateRequest | None = None
+
+
+class RunPart(msgspec.Struct, frozen=True, array_like=True):
+    """Rows of one sequence: `count` from position `start`, to which its KV is cut back. `output`: sample after them."""
+
+    serial: int
+    start: int
+    count: int
+    output: bool
+
+
+class Run(msgspec.Struct, frozen=True, tag="run"):
+    """Node to stage: compute these rows, in one call. One frame beside it: the rows of all parts, in their order,
+    encoded as `encoding`; those that come back are encoded as `reply`. Answered by Ran, in the order of Runs."""
+
+    run: int
+    parts: tuple[RunPart, ...]
+    encoding: RowEncoding
+    reply: RowEncoding
+
+
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """Node to engine: free everything and exit."""
 
@@ -116,6 +152,27 @@ class BlocksStored(msgspec.Struct, frozen=True, tag="stored"):
 
     serial: int
     written: tuple[tuple[int, bytes], ...]
+
+
+class Placed(msgspec.Struct, frozen=True, tag="placed"):
+    """Stage to node: the answer to Place. `blocks` are loaded; with a `code`, there is no sequence for this reason."""
+
+    serial: int
+    blocks: int = 0
+    code: str = ""
+    message: str = ""
+
+
+class Ran(msgspec.Struct, frozen=True, tag="ran"):
+    """Stage to node: the answer to Run. A tail's has an id for each part with `output`; the others' a frame of rows
+    beside it. With a `code`, it failed for this reason, and the sequences are as if only cut back."""
+
+    run: int
+    ids: tuple[int, ...] = ()
+    seconds: float = 0.0
+    """Of the call."""
+    code: str = ""
+    message: str = ""
 
 
 class Fault(msgspec.Struct, frozen=True, tag="fault"):
@@ -159,8 +216,8 @@ class StepOut(msgspec.Struct, frozen=True, tag="step"):
     refused: tuple[Refused, ...] = ()
 
 
-ToEngine = Load | UseArena | Submit | StoreBlocks | Forget | Cancel | Stop
-FromEngine = LoadProgress | Ready | Fault | StepOut | BlocksFull | BlocksStored
+ToEngine = Load | UseArena | Submit | StoreBlocks | Forget | Cancel | Place | Run | Stop
+FromEngine = LoadProgress | Ready | Fault | StepOut | BlocksFull | BlocksStored | Placed | Ran
 Message = ToEngine | FromEngine
 
 Sent = TypeVar("Sent")

@@ -1,0 +1,1 @@
+"""A head: requests that run through stages on several nodes."""
