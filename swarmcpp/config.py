@@ -27,6 +27,17 @@ FILE_VARIABLE = ENV_PREFIX + "CONFIG"
 MIB = 1024 * 1024
 
 
+_SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGT]?)(?:i?B)?"
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of "0", "500M", "2G" or "1.5 GiB" (powers of 1024); None for "auto", and for what is no size."""
+    found = re.fullmatch(_SIZE, text, re.IGNORECASE)
+    if not found:
+        return None
+    return int(float(found[1]) * 1024 ** ("KMGT".index(found[2].upper()) + 1 if found[2] else 0))
+
+
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
     host: str = setting("127.0.0.1", help="address to listen on", low=1, flag="--host")
@@ -59,6 +70,31 @@ class EngineConfig:
     slots: int = setting(
         0, help="requests that run at the same time", low=1, high=256, zero="as many as memory allows", flag="--slots"
     )
+    memory: str = setting(
+        "auto",
+        help="memory that the model and its contexts may take; auto: what is free",
+        flag="--memory",
+        pattern=f"auto|{_SIZE}",
+        form="auto, or a size such as 500M or 2G",
+    )
+    layers: str = setting(
+        "",
+        help="layers to run, A-B (B not included), of a model that several machines share; without it what is needed",
+        flag="--layers",
+        pattern=r"|\d{1,5}-\d{1,5}",
+        form="A-B, such as 0-12",
+    )
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` in bytes; None for "auto"."""
+        return parse_size(self.memory)
+
+    @property
+    def layer_range(self) -> tuple[int, int] | None:
+        """`layers` as numbers; None when none are given."""
+        first, _, last = self.layers.partition("-")
+        return (int(first), int(last)) if last else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +117,13 @@ class InferenceConfig:
         pattern="auto|f16|q8_0",
         form="auto, f16 or q8_0",
     )
-
-
-_SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGT]?)(?:i?B)?"
-
-
-def parse_size(text: str) -> int | None:
-    """Bytes of "0", "500M", "2G" or "1.5 GiB" (powers of 1024); None for "auto", and for what is no size."""
-    found = re.fullmatch(_SIZE, text, re.IGNORECASE)
-    if not found:
-        return None
-    return int(float(found[1]) * 1024 ** ("KMGT".index(found[2].upper()) + 1 if found[2] else 0))
+    activation_compression: str = setting(
+        "auto",
+        help="8-bit rows between stages; auto: over slow links",
+        pattern="auto|on|off",
+        form="auto, on or off",
+    )
+    persistent_pipeline_stream: bool = setting(True, help="passes follow one another through stages without waiting")
 
 
 def default_data_dir() -> Path:

@@ -1,4 +1,4 @@
-"""The replica on this machine: what it admits, and its tokens as those of every replica come."""
+"""What runs requests on this machine, and the first of it: the replica, a whole model in one engine."""
 
 from __future__ import annotations
 
@@ -6,18 +6,65 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Protocol
 
 from swarmcpp.config import Config
-from swarmcpp.core import GenerateRequest
+from swarmcpp.core import EngineStats, GenerateRequest
 from swarmcpp.errors import Cancelled, NotReady, PromptTooLong, QueueFull
 from swarmcpp.peers import Load, TokenPart
-from swarmcpp.supervisor import EngineSupervisor
+from swarmcpp.supervisor import EngineStatus, EngineSupervisor
 from swarmcpp.wire import EngineOptions
 
 MAX_RETRY_AFTER_S = 30.0
 
 Fetch = Callable[[GenerateRequest], Awaitable[int]]
 """Brings what peers have of a prompt's beginning into the arena; the tokens that came."""
+
+
+class Runner(Protocol):
+    """What answers whole requests on this node: its engine, or a head that drives stages."""
+
+    @property
+    def status(self) -> EngineStatus:
+        """Whether it can, and if not, why."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counts and rates now."""
+        ...
+
+    @property
+    def ctx_size(self) -> int:
+        """Tokens of one request."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """Requests that run side by side."""
+        ...
+
+    @property
+    def ahead(self) -> int:
+        """Requests that run, wait or fetch."""
+        ...
+
+    @property
+    def usable(self) -> bool:
+        """Whether requests can be submitted."""
+        ...
+
+    def load(self, ttft_s: float = 0.0) -> Load:
+        """How busy it is; `ttft_s` is told with it."""
+        ...
+
+    def admit(self, request: GenerateRequest) -> GenerateRequest:
+        """`request` with a limit of tokens that fits. Raises PromptTooLong, QueueFull, NotReady."""
+        ...
+
+    def tokens(self, request: GenerateRequest, fetch: Fetch | None = None) -> AsyncGenerator[TokenPart, None]:
+        """Run an admitted request; closing the generator cancels it. Raises NotReady, EngineFailed, Cancelled."""
+        ...
 
 
 class LocalReplica:
@@ -29,6 +76,16 @@ class LocalReplica:
         self._fetching = 0
         self._backlog = 0
         self.supervisor = supervisor
+
+    @property
+    def status(self) -> EngineStatus:
+        """Of the engine."""
+        return self.supervisor.status
+
+    @property
+    def stats(self) -> EngineStats:
+        """Of the engine."""
+        return self.supervisor.stats
 
     @property
     def ctx_size(self) -> int:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ from swarmcpp.llama.chat import ChatCodec
 from swarmcpp.llama.probe import ProbeReport, probe
 from swarmcpp.llama.text import TextStream
 from swarmcpp.llama.vocab import VocabModel
-from swarmcpp.local import LocalReplica
+from swarmcpp.local import LocalReplica, Runner
 from swarmcpp.models.capacity import choose_capacity
 from swarmcpp.models.inspect import ModelFile, inspect
 from swarmcpp.models.manifest import manifest_of
@@ -111,32 +111,25 @@ def prepare(config: Config, path: Path, name: str | None = None) -> Prepared:
 class Node:
     """One served model, and those of the swarm. Satisfies `core.Service`; every method runs on its event loop."""
 
-    def __init__(
-        self, config: Config, prepared: Prepared, supervisor: EngineSupervisor, swarm: Swarm | None = None
-    ) -> None:
+    def __init__(self, config: Config, info: ModelInfo, runner: Runner, swarm: Swarm | None = None) -> None:
         self._config = config
-        self._prepared = prepared
-        self._supervisor = supervisor
+        self._info = info
+        self._runner = runner
         self._swarm = swarm
         self._vocab: VocabModel | None = None
         self._codec: ChatCodec | None = None
-        self.names = frozenset({prepared.info.id, prepared.info.path, Path(prepared.info.path).name})
-        self.local = LocalReplica(config, prepared.options, supervisor)
+        self.names = frozenset({info.id, info.path, Path(info.path).name})
 
-    async def start(self) -> None:
-        """Load the model in its engine, then its vocabulary here. Raises StartupError, EngineFailed.
+    async def read_text(self, path: Path, chat_template: str | None) -> None:
+        """Load the vocabulary of the file at `path`: the model can be talked to from now on. Raises BadModel.
 
-        In this order: a file that crashes llama.cpp has then done so in the engine, not in the node.
+        Once its engine has loaded: a file that crashes llama.cpp has then done so there, not in the node.
         """
-        self._supervisor.start()
-        await self._supervisor.wait_ready()
-        path = Path(self._prepared.options.model_path)
         self._vocab = await asyncio.to_thread(VocabModel, path)
-        self._codec = ChatCodec(self._vocab.vocab, self._prepared.model.chat_template)
+        self._codec = ChatCodec(self._vocab.vocab, chat_template)
 
-    async def close(self) -> None:
-        """Stop the engine and free the vocabulary."""
-        await self._supervisor.close()
+    def close(self) -> None:
+        """Free the vocabulary."""
         if self._vocab:
             self._vocab.close()
             self._vocab = None
@@ -146,20 +139,20 @@ class Node:
     def models(self) -> tuple[ModelInfo, ...]:
         """See `core.Service`."""
         others = self._swarm.models.infos() if self._swarm else ()
-        return (self._prepared.info, *(info for info in others if info.id not in self.names))
+        return (self._info, *(info for info in others if info.id not in self.names))
 
     def snapshot(self) -> NodeSnapshot:
         """See `core.Service`."""
-        status, stats = self._supervisor.status, self._supervisor.stats
+        status, stats = self._runner.status, self._runner.stats
         starting = status.state == "ready" and self._codec is None
         return NodeSnapshot(
             state="starting" if starting else status.state,
             detail=status.detail or (f"loading, {status.load_fraction:.0%}" if status.state == "starting" else ""),
-            model=self._prepared.info,
-            slots=self._prepared.options.slots,
+            model=self._info,
+            slots=self._runner.slots,
             slots_busy=stats.slots_busy,
-            ctx_size=self._prepared.options.ctx_size,
-            queued=max(0, self.local.ahead - stats.slots_busy),
+            ctx_size=self._runner.ctx_size,
+            queued=max(0, self._runner.ahead - stats.slots_busy),
             running=stats.slots_busy,
             restarts=status.restarts,
             prefill_tps=stats.prefill_tps,
@@ -174,7 +167,7 @@ class Node:
         """See `core.Service`."""
         if self._swarm and model is not None and model not in self.names and (offer := self._swarm.models.offer(model)):
             return Limits(ctx_size=offer.ctx_size, n_vocab=offer.n_vocab)
-        return Limits(ctx_size=self.local.ctx_size, n_vocab=self._prepared.info.n_vocab)
+        return Limits(ctx_size=self._runner.ctx_size, n_vocab=self._info.n_vocab)
 
     async def tokenize_chat(
         self, model: str, messages: Sequence[ChatMessage], extra: dict[str, Any] | None = None
@@ -192,10 +185,10 @@ class Node:
         if model not in self.names:
             if self._swarm and self._swarm.models.offer(model):
                 return await self._swarm.models.codec(model)
-            raise UnknownModel(f"model {model!r} is not served here; this node serves {self._prepared.info.id!r}")
+            raise UnknownModel(f"model {model!r} is not served here; this node serves {self._info.id!r}")
         if self._codec is None:
             raise NotReady(self.snapshot().detail or "the model is still loading")
-        if not self.local.usable and not (self._swarm and self._swarm.models.offer(self._prepared.info.id)):
+        if not self._runner.usable and not (self._swarm and self._swarm.models.offer(self._info.id)):
             raise NotReady(self.snapshot().detail)
         return self._codec
 
@@ -219,11 +212,11 @@ class Node:
     ) -> AsyncGenerator[tuple[str, TokenPart], None]:
         """Tokens with the route that they came by, from one replica after another until one has finished."""
         if self._swarm is None:
-            async with aclosing(self.local.tokens(self.local.admit(request))) as parts:
+            async with aclosing(self._runner.tokens(self._runner.admit(request))) as parts:
                 async for part in parts:
                     yield "local", part
             return
-        local = self.local if request.model in self.names else None
+        local = self._runner if request.model in self.names else None
         async with aclosing(self._swarm.requests.tokens(request, local, timeout)) as routed:
             async for each in routed:
                 yield each
@@ -323,31 +316,48 @@ async def run(
         return cache
 
     supervisor = EngineSupervisor(prepared.options, on_change=on_progress, open_cache=open_for)
-    node = Node(config, prepared, supervisor, swarm)
-    server = await _start_server(config, node)
+    replica = LocalReplica(config, prepared.options, supervisor)
+    node = Node(config, prepared.info, replica, swarm)
+
+    async def start() -> None:
+        supervisor.start()
+        await supervisor.wait_ready()
+        await node.read_text(Path(prepared.options.model_path), prepared.model.chat_template)
+
+    server = await start_api(config, node)
     stop = stop or asyncio.Event()
     try:
-        started = asyncio.create_task(node.start())
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({started, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not started.done():
-            started.cancel()
-            with contextlib.suppress(asyncio.CancelledError, SwarmError):
-                await started
+        if not await until_stopped(start(), stop):
             return
-        await started
         cache = supervisor.cache
         cache_bytes = cache.n_blocks * cache.block_bytes if cache else 0
         on_ready(Serving(prepared, supervisor.status, server.url, cache_bytes, swarm.token if swarm else None))
         if swarm:
-            await _offer(swarm, node, prepared, config)
-        await stopping
+            await _offer(swarm, node, replica, prepared, config)
+        await stop.wait()
     finally:
-        await node.close()
+        await supervisor.close()
+        node.close()
         await server.close()
 
 
-async def _offer(swarm: Swarm, node: Node, prepared: Prepared, config: Config) -> None:
+async def until_stopped(start: Coroutine[None, None, None], stop: asyncio.Event) -> bool:
+    """Whether `start` has ended before `stop` was set, which cancels it. Raises what `start` raises."""
+    starting, stopping = asyncio.create_task(start), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            await starting
+            return True
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError, SwarmError):
+            await starting
+        return False
+    finally:
+        stopping.cancel()
+
+
+async def _offer(swarm: Swarm, node: Node, replica: LocalReplica, prepared: Prepared, config: Config) -> None:
     """Tell the swarm what this node serves now."""
     manifest = await asyncio.to_thread(manifest_of, prepared.model.files, config.storage.data_dir)
     info = prepared.info
@@ -365,14 +375,15 @@ async def _offer(swarm: Swarm, node: Node, prepared: Prepared, config: Config) -
         first=0,
         last=info.n_layers,
         token_bytes=swarm.blocks.token_bytes,
-        ctx_size=node.local.ctx_size,
-        slots=node.local.slots,
+        ctx_size=replica.ctx_size,
+        slots=replica.slots,
         created=info.created,
     )
-    swarm.serve(Served(node.local, offer, node.names), manifest, prepared.model.files)
+    swarm.serve(Served(replica, offer, node.names), manifest, prepared.model.files)
 
 
-async def _start_server(config: Config, node: Node) -> RunningServer:
+async def start_api(config: Config, node: Node) -> RunningServer:
+    """The API of `node`. Raises PortInUse."""
     server = config.server
     options = ServerOptions(
         api_key=server.api_key,

@@ -20,7 +20,7 @@ from swarmcpp.errors import (
     SwarmError,
     WireError,
 )
-from swarmcpp.local import LocalReplica
+from swarmcpp.local import Runner
 from swarmcpp.peers import CacheHits, NodeId, TokenPart
 from swarmcpp.route.replicas import Choice, DelegationRates, Replica, choose
 from swarmcpp.swarm.mesh import Mesh
@@ -108,7 +108,7 @@ class Requests:
             del self._running[serial]
 
     async def tokens(
-        self, request: GenerateRequest, local: LocalReplica | None, timeout_s: float | None
+        self, request: GenerateRequest, local: Runner | None, timeout_s: float | None
     ) -> AsyncGenerator[tuple[str, TokenPart], None]:
         """Tokens with the route that they came by: from one replica after another until one has finished.
 
@@ -143,13 +143,13 @@ class Requests:
                         self._mesh.note(f"{request.id} goes on elsewhere, {row.route} failed: {error}")
 
     @staticmethod
-    def _nowhere(request: GenerateRequest, local: LocalReplica | None) -> SwarmError:
+    def _nowhere(request: GenerateRequest, local: Runner | None) -> SwarmError:
         if local is not None:
             # Raises what exactly is wrong.
             local.admit(request)
         return NotReady(f"no node of the swarm can run {request.model!r} now; `swarmcpp status` shows them")
 
-    def _choose(self, request: GenerateRequest, local: LocalReplica | None, failed: set[NodeId]) -> Choice | None:
+    def _choose(self, request: GenerateRequest, local: Runner | None, failed: set[NodeId]) -> Choice | None:
         """Where the request finishes first; None: nowhere."""
         served = self._models.served
         offer = served.offer if local and served else self._models.offer(request.model)
@@ -164,7 +164,7 @@ class Requests:
             diag(logger, "Parallax", request=request.id, route=choice.replica.route, why=choice.why)
         return choice
 
-    def _replicas(self, request: GenerateRequest, local: LocalReplica | None) -> list[Replica]:
+    def _replicas(self, request: GenerateRequest, local: Runner | None) -> list[Replica]:
         have, warm = self._blocks.warm(request) if local else (0, {})
         found: list[Replica] = []
         if local is not None and local.usable and len(request.prompt) < local.ctx_size:
@@ -198,7 +198,7 @@ class Requests:
         return [each.tokens for each in self._sent.get(node, ()) if now - each.begun < heard_s + SEEN_S]
 
     async def _run(
-        self, replica: Replica, request: GenerateRequest, local: LocalReplica | None
+        self, replica: Replica, request: GenerateRequest, local: Runner | None
     ) -> AsyncGenerator[TokenPart, None]:
         if replica.name:
             parts = self._run_there(replica, request)
@@ -210,8 +210,8 @@ class Requests:
             async for part in parts:
                 yield part
 
-    async def run_here(self, local: LocalReplica, request: GenerateRequest) -> AsyncGenerator[TokenPart, None]:
-        """Run a request on this node, a peer's too. Raises what `LocalReplica.admit` and `tokens` raise."""
+    async def run_here(self, local: Runner, request: GenerateRequest) -> AsyncGenerator[TokenPart, None]:
+        """Run a request on this node, a peer's too. Raises what `Runner.admit` and `tokens` raise."""
         begun = self._clock()
         counted = False
         async with aclosing(local.tokens(local.admit(request), self._blocks.fetch)) as parts:
