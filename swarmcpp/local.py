@@ -13,12 +13,13 @@ from swarmcpp.core import EngineStats, GenerateRequest
 from swarmcpp.errors import Cancelled, NotReady, PromptTooLong, QueueFull
 from swarmcpp.peers import Load, TokenPart
 from swarmcpp.supervisor import EngineStatus, EngineSupervisor
+from swarmcpp.swarm.fetch import Fetched
 from swarmcpp.wire import EngineOptions
 
 MAX_RETRY_AFTER_S = 30.0
 
-Fetch = Callable[[GenerateRequest], Awaitable[int]]
-"""Brings what peers have of a prompt's beginning into the arena; the tokens that came."""
+Fetch = Callable[[GenerateRequest], Awaitable[Fetched]]
+"""Brings what peers have of a prompt's beginning into the arena; the tokens that came, and those computed for it."""
 
 
 class Runner(Protocol):
@@ -156,7 +157,7 @@ class LocalReplica:
             self._backlog -= backlog
 
     async def _run(self, request: GenerateRequest, fetch: Fetch | None) -> AsyncGenerator[TokenPart, None]:
-        fetched, fetch_s = 0, 0.0
+        fetched, fetch_s = Fetched(), 0.0
         if fetch:
             clock = asyncio.get_running_loop().time
             begun = clock()
@@ -169,10 +170,10 @@ class LocalReplica:
         stream = self.supervisor.submit(request)
         try:
             async for out in stream:
-                tier = "peer" if fetched and out.tier == "arena" else out.tier
-                yield TokenPart(
-                    (out.token,), out.finish, out.cached_tokens, tier, out.queue_s, out.prefill_s, fetch_s=fetch_s
-                )
+                # What was computed while the rest came is in the arena too, and was not cached before.
+                cached = max(0, out.cached_tokens - fetched.computed)
+                tier = ("peer" if fetched and out.tier == "arena" else out.tier) if cached else ""
+                yield TokenPart((out.token,), out.finish, cached, tier, out.queue_s, out.prefill_s, fetch_s=fetch_s)
                 fetch_s = 0.0
         finally:
             if not stream.finished:

@@ -1,11 +1,15 @@
 """Blocks of a prompt from peers: who has them, and whether that is faster than computing them.
 
+On a slow link it may be faster that the engine computes the first blocks while peers send those after them: a block is
+valid whatever computed its predecessors.
+
 Whatever peers do, a fetch ends in time and with blocks that passed every check, or with none: a clean miss. It never
 raises for what a peer did.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from swarmcpp.peers import NodeId
-from swarmcpp.swarm.fetchcontext import FetchContext, Store
+from swarmcpp.swarm.fetchcontext import FetchContext, Front, Store
 from swarmcpp.swarm.fetchrun import FetchRun
 from swarmcpp.swarm.shipping import LONGEST_S, Encoding, Shipment, ShipPlan, Source, decide
 from swarmcpp.telemetry import diag
@@ -43,9 +47,10 @@ class PrefixQuery:
 
 @dataclass(frozen=True, slots=True)
 class FetchResult:
-    """`blocks` were stored after those that were there; `sources[i]` sent the i-th of them. `bytes` came in all.
+    """`blocks` of peers were stored; `sources[i]` sent the i-th of them. `bytes` came in all.
 
-    `reason` says why not more: empty when all came that trusted peers have.
+    They follow those that were there and the `first` ones that the engine here computed. `reason` says why not more:
+    empty when all came that trusted peers have.
     """
 
     blocks: int
@@ -54,37 +59,61 @@ class FetchResult:
     reason: str
     sources: tuple[NodeId, ...] = ()
     encoding: Encoding = "f16"
+    first: int = 0
 
 
-async def fetch_prefix(context: FetchContext, query: PrefixQuery, store: Store) -> FetchResult:
-    """Bring the missing blocks of a prompt from peers into `store`, in order, when that is worth the time."""
+class Fetched(int):
+    """What a fetch did for a request, in tokens of its prompt: those that came from peers, and how many before them
+    were `computed` here for it meanwhile."""
+
+    computed: int
+
+    def __new__(cls, tokens: int = 0, computed: int = 0) -> Fetched:
+        self = super().__new__(cls, tokens)
+        self.computed = computed
+        return self
+
+
+async def fetch_prefix(
+    context: FetchContext, query: PrefixQuery, store: Store, front: Front | None = None
+) -> FetchResult:
+    """Bring the missing blocks of a prompt from peers into `store`, in order, when that is worth the time.
+
+    With `front` the first of them may be computed here instead, and the fetch then ends after that.
+    """
     begun = context.clock()
     ids = [context.block_id(key) for key in query.keys[query.have :]]
     held = _held(context, query.root, ids)
     if not held:
         return _missed(context, "off" if context.settings.trust_min > 1 else "no-holder", begun)
     peers = _best(context, held)
-    what = Shipment(
-        n_blocks=len(held),
-        block_bytes=query.block_bytes,
-        block_tokens=query.block_tokens,
-        prefill_tps=query.prefill_tps,
-        queue_s=query.queue_s,
-        limit_s=LONGEST_S if query.deadline_s is None else query.deadline_s,
-        own_bytes_per_s=context.links.own_bytes_per_s(),
-    )
+    what = _shipment(context, query, len(held), can_split=front is not None)
     plan = decide(what, _sources(context, held, peers), context.settings.kv_wire)
     if not plan.n_blocks:
         return _missed(context, plan.reason, begun, ship_s=plan.ship_s, compute_s=plan.compute_s)
-    n = plan.n_blocks
-    run = FetchRun(context, query.root, query.have, ids[:n], held[:n], what, plan, store)
+    back = slice(plan.first, plan.first + plan.n_blocks)
+    computing: asyncio.Task[bool] | None = None
+    if plan.first and front:
+        _tell_split(plan)
+        computing = asyncio.create_task(front(plan.first), name="front of a prompt")
+        peers = _best(context, held[back])
+    have = query.have + plan.first
+    run = FetchRun(context, query.root, have, ids[back], held[back], what, plan, store, computing)
     reason = "cancelled"
     try:
         reason = await run.drive(peers)
     finally:
         await run.end(slow=reason in ("overtaken", "timed-out"))
-    result = FetchResult(run.stored, run.received, context.clock() - begun, reason, tuple(run.sources), plan.encoding)
-    _tell(context, query, plan, result)
+    result = FetchResult(
+        blocks=run.stored,
+        bytes=run.received,
+        seconds=context.clock() - begun,
+        reason=reason,
+        sources=tuple(run.sources),
+        encoding=plan.encoding,
+        first=0 if reason == "front-failed" else plan.first,
+    )
+    _tell(context, query, result, run.receiving_s - plan.rtt_s)
     for peer in set(run.sources) - run.wrong:
         context.trust.ok(peer)
     return result
@@ -108,6 +137,19 @@ def _held(context: FetchContext, root: bytes, ids: Sequence[bytes]) -> list[set[
     return held
 
 
+def _shipment(context: FetchContext, query: PrefixQuery, n_blocks: int, *, can_split: bool) -> Shipment:
+    return Shipment(
+        n_blocks=n_blocks,
+        block_bytes=query.block_bytes,
+        block_tokens=query.block_tokens,
+        prefill_tps=query.prefill_tps,
+        queue_s=query.queue_s,
+        limit_s=LONGEST_S if query.deadline_s is None else query.deadline_s,
+        own_bytes_per_s=context.links.own_bytes_per_s(),
+        can_split=can_split,
+    )
+
+
 def _best(context: FetchContext, held: Sequence[set[NodeId]]) -> list[NodeId]:
     """Who is asked first: by trust, then rate. Others are asked for what these do not have or fail to send."""
     rate = context.links.bytes_per_s
@@ -129,12 +171,24 @@ def _missed(context: FetchContext, reason: str, begun: float, **details: float) 
     return FetchResult(0, 0, context.clock() - begun, reason)
 
 
-def _tell(context: FetchContext, query: PrefixQuery, plan: ShipPlan, result: FetchResult) -> None:
+def _tell_split(plan: ShipPlan) -> None:
+    diag(
+        logger,
+        "cross-node prefix SPLIT",
+        computed_blocks=plan.first,
+        shipped_blocks=plan.n_blocks,
+        compute_s=round(plan.front_s, 3),
+        ship_s=round(plan.ship_s, 3),
+        encoding=plan.encoding,
+    )
+
+
+def _tell(context: FetchContext, query: PrefixQuery, result: FetchResult, receiving_s: float) -> None:
     ms = round(1000 * result.seconds, 3)
     if not result.blocks:
         diag(logger, "cross-node prefix MISS", reason=result.reason, bytes=result.bytes, ms=ms)
         return
-    context.links.add_total(result.bytes, result.seconds - plan.rtt_s)
+    context.links.add_total(result.bytes, receiving_s)
     diag(
         logger,
         "cross-node prefix HIT",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from swarmcpp.core import Clock
 from swarmcpp.peers import NodeId
@@ -47,6 +47,10 @@ class Store(Protocol):
         """
         ...
 
+
+Front = Callable[[int], Coroutine[Any, Any, bool]]
+"""Computes so many blocks of a prompt here, the first that are missing; whether they are stored now. Cancelling it ends
+the work at once."""
 
 Dequantise = Callable[[Payload, int], bytes]
 """(Q8_0 frame, bytes of the F16 payload) -> payload. Raises SnapshotError on a frame that is not that."""

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from blake3 import blake3
 
@@ -27,6 +28,8 @@ _IN_FLIGHT_S = 0.5
 """Requests under way to one peer are to cover this time, within the numbers above: the link never waits for us."""
 _WINDOW_BYTES = 64 << 20
 """How far ahead of the stored blocks others may arrive, since they wait in memory."""
+_SPLIT_WINDOW_BYTES = 256 << 20
+"""The same, as they come, while the blocks before them are computed: the link is not to wait for the engine."""
 _STORE_BYTES = 8 << 20
 _TICK_S = 0.05
 _LAST_STORE_S = 0.5
@@ -64,6 +67,9 @@ class _Request:
 class FetchRun:
     """The blocks `ids` of `root`, of which `held[i]` have the i-th; they are the prompt's from number `have`.
 
+    While `front` runs, the blocks before them are not there yet: they wait in memory. Its result says whether they can
+    be stored.
+
     `stored`, `received` (bytes) and `sources` (who sent each stored block) tell what came of it, `wrong` who lied.
     """
 
@@ -75,6 +81,7 @@ class FetchRun:
     what: Shipment
     plan: ShipPlan
     store: Store
+    front: asyncio.Task[bool] | None = None
     stored: int = field(init=False, default=0)
     received: int = field(init=False, default=0)
     sources: list[NodeId] = field(init=False, default_factory=list)
@@ -104,11 +111,13 @@ class FetchRun:
         for peer in first:
             self._join(peer, len(first))
         # The deadline cuts the plan down to what fits, with slack, but must also hold if that was wrong.
-        limit_s = min(fetch_limit_s(self.plan.ship_s, self.context.settings.fetch_s), self.what.limit_s)
-        while self.stored < self._goal:
+        estimate_s = max(self.plan.ship_s, self.plan.front_s)
+        limit_s = min(fetch_limit_s(estimate_s, self.context.settings.fetch_s), self.what.limit_s)
+        reason, front = "", self.front
+        while self.stored < self._goal or self._computing:
             self._launch()
             self._deliver()
-            waiting = [*self._asks, *([self._storing] if self._storing else [])]
+            waiting = self._under_way()
             if not waiting:
                 break
             await asyncio.wait(waiting, timeout=_TICK_S, return_when=asyncio.FIRST_COMPLETED)
@@ -119,9 +128,37 @@ class FetchRun:
             self._shorten()
             if self._storing and self._storing.done() and not self._settle_store(self._storing):
                 return "store-full"
-            if self.stored < self._goal and (reason := self._stop(limit_s)):
-                return reason
-        return "" if self.stored == len(self.ids) else "holders-failed"
+            if front:
+                # Waiting costs nothing: the request needs the front in any case.
+                if not front.done():
+                    continue
+                if not front.result():
+                    return "front-failed"
+                # However long it took, what came meanwhile gets the time to be stored.
+                limit_s = max(limit_s, self.context.clock() - self._begun + self.context.settings.fetch_s)
+                front = None
+            if self.stored < self._goal and (stop := self._stop(limit_s)):
+                reason = stop
+                if reason == "timed-out":
+                    break
+        return reason or ("" if self.stored == len(self.ids) else "holders-failed")
+
+    @property
+    def receiving_s(self) -> float:
+        """Seconds until the last answer came."""
+        return self._last - self._begun
+
+    @property
+    def _computing(self) -> bool:
+        return self.front is not None and not self.front.done()
+
+    def _under_way(self) -> list[asyncio.Task[Any]]:
+        tasks: list[asyncio.Task[Any]] = [*self._asks]
+        if self._storing:
+            tasks.append(self._storing)
+        if self.front and self._computing:
+            tasks.append(self.front)
+        return tasks
 
     async def end(self, *, slow: bool) -> None:
         """Stop whatever is under way, and note rates; `slow`: what did not come counts against its peer."""
@@ -133,9 +170,12 @@ class FetchRun:
             if peer.received or peer.late or (slow and peer.outstanding):
                 rtt_s = self.context.links.rtt_s(peer.id)
                 self.context.links.add_transfer(peer.id, peer.received, max(busy_s - rtt_s, busy_s / 10))
-        tasks = [*self._asks, *self._ended]
+        tasks: list[asyncio.Task[Any]] = [*self._asks, *self._ended]
         for ask in self._asks:
             ask.cancel()
+        if self.front:
+            self.front.cancel()
+            tasks.append(self.front)
         if self._storing:
             # Blocks that are here already are worth a moment, but a disk that hangs is not.
             await asyncio.wait([self._storing], timeout=_LAST_STORE_S)
@@ -155,7 +195,9 @@ class FetchRun:
             self._gone.add(peer)
             return
         rate, frame = links.bytes_per_s(peer), self.plan.wire_block_bytes
-        size = min(max(rate * _REQUEST_S, _REQUEST_BYTES[0]), _REQUEST_BYTES[1])
+        # A split ends when the engine is done: the less is under way then, the less came in vain.
+        least = frame if self.front else _REQUEST_BYTES[0]
+        size = min(max(rate * _REQUEST_S, least), _REQUEST_BYTES[1])
         blocks = max(1, min(int(size // frame), MAX_FRAMES, math.ceil(len(self.ids) / sharing)))
         in_flight = min(max(math.ceil(rate * _IN_FLIGHT_S / (blocks * frame)), _IN_FLIGHT[0]), _IN_FLIGHT[1])
         timeout_s = settings.request_s
@@ -183,7 +225,10 @@ class FetchRun:
 
     def _take(self, peer: _Peer) -> _Request | None:
         """The next blocks that `peer` has and nobody was asked for."""
-        window = max(_WINDOW_BYTES // self.what.block_bytes, 2 * peer.request_blocks)
+        ahead = _SPLIT_WINDOW_BYTES // self.plan.wire_block_bytes
+        if not self.front:
+            ahead = _WINDOW_BYTES // self.what.block_bytes
+        window = max(ahead, 2 * peer.request_blocks)
         able = {i for i in self._pending if peer.id in self.held[i] and i < self.stored + window}
         if not able:
             return None
@@ -212,25 +257,29 @@ class FetchRun:
         """The payloads in an answer. Raises _UnsoundError when it is not a sound one."""
         if not isinstance(reply, Blocks) or len(reply.digests) != len(frames) or len(frames) > asked:
             raise _UnsoundError(f"an answer of {len(frames)} frames to a request for {asked} blocks is not sound")
-        payloads: list[Payload] = []
         for digest, frame in zip(reply.digests, frames, strict=True):
             if len(frame) != self.plan.wire_block_bytes:
                 raise _UnsoundError(f"a block of {len(frame)} bytes where {self.plan.wire_block_bytes} are right")
             if blake3(frame).digest() != digest:
                 raise _UnsoundError("a block is not what its digest says")
-            payload = self._decoded(frame)
-            if len(payload) != self.what.block_bytes:
-                raise _UnsoundError(f"a block of {len(payload)} bytes where {self.what.block_bytes} are right")
-            payloads.append(payload)
-        return payloads
-
-    def _decoded(self, frame: memoryview) -> Payload:
-        if self.plan.encoding == "f16":
-            return frame
+        # With a front they may wait for long, and are half as large as they came.
+        if self.front:
+            return list(frames)
         try:
-            return self.context.dequantise(frame, self.what.block_bytes)
+            return self._decoded(frames)
         except SnapshotError as error:
             raise _UnsoundError(str(error)) from error
+
+    def _decoded(self, frames: Sequence[Payload]) -> list[Payload]:
+        """Payloads of blocks as they came. Raises SnapshotError when one is not sound."""
+        if self.plan.encoding == "f16":
+            return list(frames)
+        size = self.what.block_bytes
+        payloads: list[Payload] = [self.context.dequantise(frame, size) for frame in frames]
+        for payload in payloads:
+            if len(payload) != size:
+                raise SnapshotError(f"a block of {len(payload)} bytes where {size} are right")
+        return payloads
 
     def _settle(self, ask: asyncio.Task[list[Payload]], request: _Request) -> None:
         peer, wanted = request.peer, range(request.first, request.first + request.count)
@@ -271,7 +320,8 @@ class FetchRun:
         self.context.trust.wrong(peer, why)
         for index in [i for i, (sender, _) in self._arrived.items() if sender == peer]:
             del self._arrived[index]
-            self._pending.add(index)
+            if index < self._goal:
+                self._pending.add(index)
         self._leave(peer)
 
     def _leave(self, peer: NodeId) -> None:
@@ -291,7 +341,7 @@ class FetchRun:
         for ask in asks:
             request = self._asks.pop(ask)
             request.peer.outstanding -= 1
-            self._pending.update(range(request.first, request.first + request.count))
+            self._pending.update(range(request.first, min(request.first + request.count, self._goal)))
             ask.cancel()
             self._ended.append(ask)
 
@@ -299,7 +349,7 @@ class FetchRun:
 
     def _deliver(self) -> None:
         """Store the next blocks that are here. Those of one peer at a time, so that a bad one has a name."""
-        if self._storing or self.stored not in self._arrived:
+        if self._storing or self._computing or self.stored not in self._arrived:
             return
         sender = self._arrived[self.stored][0]
         payloads: list[Payload] = []
@@ -313,6 +363,8 @@ class FetchRun:
         self._delivering = (sender, len(payloads))
 
     async def _stored_now(self, first: int, payloads: list[Payload], exact: bool) -> int:
+        if self.front:
+            payloads = await asyncio.to_thread(self._decoded, payloads)
         return await self.store(first, payloads, exact=exact)
 
     def _settle_store(self, storing: asyncio.Task[int]) -> bool:
@@ -349,4 +401,9 @@ class FetchRun:
             unusable_blocks=self._goal - usable,
             missing_blocks=sum(i not in self._arrived for i in range(usable, self._goal)),
         )
-        return "overtaken" if usable < self._goal and overtaken(self.plan, self.what, progress) else ""
+        if usable == self._goal or not overtaken(self.plan, self.what, progress):
+            return ""
+        # What is here in order is stored yet: that takes a moment, and after a front it may be all that came.
+        self._goal = usable
+        self._pending.clear()
+        return "overtaken"

@@ -7,15 +7,19 @@ import contextlib
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final, cast
 
 from swarmcpp.config import Config
-from swarmcpp.core import Clock, GenerateRequest
+from swarmcpp.core import Clock, GenerateRequest, SamplingParams
+from swarmcpp.errors import SwarmError
 from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.llama import kvwire
+from swarmcpp.local import LocalReplica
 from swarmcpp.peers import NodeId
-from swarmcpp.swarm.fetch import FetchResult, PrefixQuery, fetch_prefix
-from swarmcpp.swarm.fetchcontext import FetchContext, FetchSettings
+from swarmcpp.supervisor import EngineSupervisor
+from swarmcpp.swarm.fetch import Fetched, FetchResult, PrefixQuery, fetch_prefix
+from swarmcpp.swarm.fetchcontext import FetchContext, FetchSettings, Front
 from swarmcpp.swarm.identity import SwarmKey
 from swarmcpp.swarm.mesh import Mesh
 from swarmcpp.swarm.serving import BlockServer, Governor
@@ -34,6 +38,10 @@ differs by more than 1."""
 CHECK_POLL_S: Final = 0.5
 CHECK_PATIENCE_S: Final = 60.0
 """How long a check waits for an idle engine before it is given up."""
+
+STORE_POLL_S: Final = 0.01
+STORE_PATIENCE_S: Final = 5.0
+"""How long the blocks of a front that is computed may take to be in the arena."""
 
 
 class SharedBlocks:
@@ -100,7 +108,7 @@ class SharedBlocks:
     def _governor(self) -> Governor:
         def busy() -> bool:
             served = self._models.served
-            return served is not None and served.replica.supervisor.stats.slots_busy > 0
+            return served is not None and served.runner.stats.slots_busy > 0
 
         return Governor(busy, self._clock)
 
@@ -117,11 +125,14 @@ class SharedBlocks:
                     counts[node] = number + 1
         return have * self._block_tokens, {node: count * self._block_tokens for node, count in counts.items()}
 
-    async def fetch(self, request: GenerateRequest) -> int:
-        """Bring the blocks of a prompt that peers hold into the arena, where that is worth it; the tokens that came."""
+    async def fetch(self, request: GenerateRequest) -> Fetched:
+        """Bring the blocks of a prompt that peers hold into the arena, where that is worth it.
+
+        On a slow link this node's engine may compute those before them for it meanwhile.
+        """
         cache, served = self.cache, self._models.served
-        if cache is None or served is None:
-            return 0
+        if cache is None or served is None or served.replica is None:
+            return Fetched()
         tokens = (*request.prompt, *request.generated)
         keys, have = cache.held(tokens, request.cache_salt)
         if have < len(keys) and (running := self._fetching.get(keys[have])):
@@ -129,24 +140,24 @@ class SharedBlocks:
             await running.wait()
             keys, have = cache.held(tokens, request.cache_salt)
         if have == len(keys) or keys[have] in self._fetching:
-            return 0
-        first = keys[have]
-        self._fetching[first] = asyncio.Event()
+            return Fetched()
+        ended = self._fetching[keys[have]] = asyncio.Event()
         try:
-            prefill_tps = served.replica.supervisor.stats.prefill_tps
-            result = await self._fetch(cache, keys, have, prefill_tps, request.deadline_s)
+            result = await self._fetch(cache, served.replica, request, keys, have, ended)
         finally:
-            self._fetching.pop(first).set()
-        self._fetched(tokens, request.cache_salt, keys, have, result)
-        return result.blocks * self._block_tokens
+            self._fetching = {key: event for key, event in self._fetching.items() if event is not ended}
+            ended.set()
+        self._fetched(tokens, request.cache_salt, keys, have + result.first, result)
+        return Fetched(result.blocks * self._block_tokens, result.first * self._block_tokens)
 
     # -- spot checks ---------------------------------------------------------------------------------------------
 
     def _fetched(
-        self, tokens: tuple[int, ...], salt: str, keys: Sequence[bytes], have: int, result: FetchResult
+        self, tokens: tuple[int, ...], salt: str, keys: Sequence[bytes], begin: int, result: FetchResult
     ) -> None:
-        """Note who sent what, and now and then check one block: a digest proves the bytes, not the arithmetic."""
-        for key, peer in zip(keys[have:], result.sources, strict=False):
+        """Note who sent which block from number `begin`, and now and then check one: a digest proves the bytes, not
+        the arithmetic."""
+        for key, peer in zip(keys[begin:], result.sources, strict=False):
             self._origin[key] = peer
         while len(self._origin) > MAX_ORIGINS:
             del self._origin[next(iter(self._origin))]
@@ -155,7 +166,7 @@ class SharedBlocks:
         number = self._random.randrange(min(result.blocks, len(result.sources)))
         peer = result.sources[number]
         if self._random.random() < self._trust.spot_check_probability(peer):
-            count = (have + number + 1) * self._block_tokens
+            count = (begin + number + 1) * self._block_tokens
             self._check = asyncio.create_task(self._spot_check(tokens[: count + 1], salt, peer), name="spot check")
             self._check.add_done_callback(self._checked)
 
@@ -167,7 +178,7 @@ class SharedBlocks:
     async def _spot_check(self, tokens: tuple[int, ...], salt: str, peer: NodeId) -> None:
         """Compute the last block of `tokens` again on top of those before it, once the engine is idle, and compare."""
         served, cache = self._models.served, self.cache
-        if served is None or cache is None:
+        if served is None or served.replica is None or cache is None:
             return
         supervisor = served.replica.supervisor
         for _ in range(int(CHECK_PATIENCE_S / CHECK_POLL_S)):
@@ -193,9 +204,9 @@ class SharedBlocks:
         bad = [key for key, origin in self._origin.items() if origin == peer]
         if self.cache:
             self.cache.drop(bad)
-        if self._models.served:
+        if (served := self._models.served) and served.replica:
             # It may have loaded some of them.
-            self._models.served.replica.supervisor.forget()
+            served.replica.supervisor.forget()
         for key in bad:
             del self._origin[key]
 
@@ -205,11 +216,24 @@ class SharedBlocks:
             self._check.cancel()
             await asyncio.gather(self._check, return_exceptions=True)
 
+    # -- fetching ------------------------------------------------------------------------------------------------
+
     async def _fetch(
-        self, cache: PrefixCache, keys: Sequence[bytes], have: int, prefill_tps: float, deadline_s: float | None
+        self,
+        cache: PrefixCache,
+        replica: LocalReplica,
+        request: GenerateRequest,
+        keys: Sequence[bytes],
+        have: int,
+        ended: asyncio.Event,
     ) -> FetchResult:
         async def store(first: int, payloads: Sequence[bytes | memoryview], *, exact: bool) -> int:
             return await asyncio.to_thread(cache.insert, keys, first, payloads, exact=exact)
+
+        async def front(n_blocks: int) -> bool:
+            # Others must not fetch the blocks that follow, once those before them are here.
+            self._fetching.setdefault(keys[have + n_blocks], ended)
+            return await self._compute(cache, replica.supervisor, request, (have + n_blocks) * self._block_tokens)
 
         query = PrefixQuery(
             root=self.root,
@@ -217,7 +241,51 @@ class SharedBlocks:
             have=have,
             block_bytes=cache.block_bytes,
             block_tokens=self._block_tokens,
-            prefill_tps=prefill_tps,
-            deadline_s=deadline_s,
+            prefill_tps=replica.supervisor.stats.prefill_tps,
+            deadline_s=request.deadline_s,
         )
-        return await fetch_prefix(self._context, query, store)
+        usable: Front | None = front if _idle_for(replica, request) else None
+        return await fetch_prefix(self._context, query, store, usable)
+
+    async def _compute(
+        self, cache: PrefixCache, supervisor: EngineSupervisor, request: GenerateRequest, count: int
+    ) -> bool:
+        """Let the engine compute the first `count` tokens of a prompt, whole blocks; whether the arena has them then.
+
+        It answers with a token that nobody reads: with its first token a request's blocks are stored.
+        """
+        prompt, generated = request.prompt[: count + 1], request.generated[: max(0, count + 1 - len(request.prompt))]
+        front = replace(
+            request,
+            id=f"{request.id} front",
+            prompt=prompt,
+            generated=generated,
+            max_tokens=len(generated) + 1,
+            sampling=SamplingParams(temperature=0.0),
+            stop=(),
+        )
+        try:
+            stream = supervisor.submit(front)
+            try:
+                async for _ in stream:
+                    pass
+            finally:
+                if not stream.finished:
+                    supervisor.cancel(stream)
+        except SwarmError as error:
+            logger.info("the beginning of a prompt could not be computed: %s", error)
+            return False
+        for _ in range(int(STORE_PATIENCE_S / STORE_POLL_S)):
+            keys, have = cache.held((*prompt, *generated), request.cache_salt)
+            if have == len(keys):
+                return True
+            await asyncio.sleep(STORE_POLL_S)
+        return False
+
+
+def _idle_for(replica: LocalReplica, request: GenerateRequest) -> bool:
+    """Whether the engine would begin with a prompt at once, and with no other one beside it: then it is as fast as it
+    was measured to be."""
+    supervisor, own = replica.supervisor, len(request.prompt) + len(request.generated)
+    free = supervisor.stats.slots_busy < supervisor.stats.slots
+    return supervisor.status.state == "ready" and free and replica.load().backlog <= own

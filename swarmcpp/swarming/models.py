@@ -11,7 +11,7 @@ from swarmcpp.core import ModelInfo
 from swarmcpp.errors import UnknownModel
 from swarmcpp.llama.chat import ChatCodec
 from swarmcpp.llama.vocab import VocabModel
-from swarmcpp.local import LocalReplica
+from swarmcpp.local import LocalReplica, Runner
 from swarmcpp.models.gguf_header import read_header
 from swarmcpp.peers import ModelOffer, NodeId
 from swarmcpp.peerwire import Caller
@@ -24,9 +24,11 @@ from swarmcpp.swarm.vocabulary import fetch_vocabulary
 class Served:
     """What this node itself serves. `names` are all that it answers to."""
 
-    replica: LocalReplica
+    runner: Runner
     offer: ModelOffer
     names: frozenset[str]
+    replica: LocalReplica | None = None
+    """The runner, if it is an engine with the whole model."""
 
 
 class SwarmModels:
@@ -92,13 +94,14 @@ class SwarmModels:
         return tuple(found.values())
 
     def holders(self, fingerprint: bytes) -> list[Caller]:
-        """Links to peers that have a model's files, least busy first."""
-        found = [
-            (view.capability.load.slots_busy + view.capability.load.waiting, view.capability.node)
-            for view, offer in self.offers()
-            if offer.fingerprint == fingerprint
-        ]
-        return [caller for _, node in sorted(found) if (caller := self._mesh.caller(node))]
+        """Links to peers that have a model's files, or parts of them; the whole ones first, least busy first."""
+        found: list[tuple[bool, int, NodeId]] = []
+        for view in self._mesh.membership.peers():
+            capability = view.capability
+            whole = any(each.fingerprint == fingerprint and not each.pipeline for each in capability.models)
+            if whole or any(each.fingerprint == fingerprint for each in capability.stages):
+                found.append((not whole, capability.load.slots_busy + capability.load.waiting, capability.node))
+        return [caller for *_, node in sorted(found) if (caller := self._mesh.caller(node))]
 
     async def codec(self, model: str) -> ChatCodec:
         """The text side of a model that only peers have; its vocabulary is fetched once.

@@ -41,7 +41,7 @@ def shipment(**changes: float) -> Shipment:
 
 
 @pytest.mark.parametrize(
-    ("mbit", "blocks", "encoding"), [(1000, 32, "f16"), (100, 32, "q8_0"), (20, 32, "q8_0"), (5, 0, "q8_0")]
+    ("mbit", "blocks", "encoding"), [(2000, 32, "f16"), (1000, 32, "q8_0"), (20, 32, "q8_0"), (5, 0, "q8_0")]
 )
 def test_a_link_decides_between_exact_small_and_computing(mbit: int, blocks: int, encoding: str) -> None:
     plan = decide(shipment(), [Source(0.001, mbit * 125_000)], "auto")
@@ -321,14 +321,14 @@ async def test_a_link_that_slows_down_is_left_and_what_came_is_used() -> None:
     peer = swarm.join("a", 200, rate=5e6)
 
     def slow_down(message: FetchBlocks, reply: Reply, frames: list[memoryview]) -> tuple[Reply, list[memoryview]]:
-        peer.bytes_per_s = 0.1e6
+        peer.bytes_per_s = 0.05e6
         return reply, frames
 
     peer.bend = slow_down
     result = await fetch(swarm, 200, FetchSettings(fetch_s=60.0), prefill_tps=400.0)
     assert result.reason == "overtaken"
     assert 0 < result.blocks < 50
-    assert result.seconds < 200 * 64 / 400 / 2
+    assert result.seconds < 0.7 * 200 * 64 / 400
     assert swarm.links.bytes_per_s("a") < 1e6
 
 
