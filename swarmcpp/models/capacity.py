@@ -1,13 +1,16 @@
-"""How much memory a model takes, and how many slots of which context fit. Pure functions.
+"""How much memory a model or a stage of it takes, and how many slots of which context, or how many layers, fit.
 
-Sizes in bytes, contexts in tokens per slot (each slot is its own stream of the KV cache).
+What tells layers apart reads the headers of the model's files, of which the rest may be missing. Sizes in bytes,
+contexts in tokens per slot (each slot is its own stream of the KV cache).
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from swarmcpp.errors import NotEnoughMemory
+from swarmcpp.models.gguf_header import read_header
 from swarmcpp.models.inspect import ModelFile
 
 F16_BYTES = 2
@@ -18,6 +21,12 @@ DEFAULT_BATCH = 512
 """llama.cpp's default rows per ubatch."""
 OVERHEAD = 96 << 20
 """An engine process before its model: interpreter, libraries, threads, work buffers."""
+STAGE_OVERHEAD = 68 << 20
+"""The same for a stage, whose rows are counted apart; 57 to 66 MiB were measured."""
+VOCAB_BYTES = 256
+"""A token in llama.cpp's vocabulary: its text, its place in two maps, and a merge; 190 were measured without merges."""
+
+_BLOCK = re.compile(r"blk\.(\d+)\.")
 
 AUTO_SLOTS = 8
 AUTO_CTX = 8192
@@ -67,6 +76,115 @@ def estimate_memory(model: ModelFile, ctx_size: int, slots: int, n_batch: int = 
         weights=model.tensor_bytes,
         kv=slots * padded * kv_bytes_per_token(model),
         compute=step + mask + logits + OVERHEAD,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Bytes of tensors as in the file. `norm`: what is neither of a layer nor vocabulary-sized."""
+
+    layers: tuple[int, ...]
+    embedding: int
+    head: int
+    norm: int
+    ff_width: int
+    """Of all feed-forward rows that one row makes: of each expert that it is given to."""
+
+    def of(self, first: int, last: int) -> int:
+        """Of the slice of layers [first, last): the head only in a tail, the embedding only in a whole model."""
+        own = sum(self.layers[first:last]) + self.norm
+        if (first, last) == (0, len(self.layers)):
+            return own + self.embedding + self.head
+        return own + (self.head or self.embedding if last == len(self.layers) else 0)
+
+
+def layer_bytes(model: ModelFile) -> tuple[int, ...]:
+    """Bytes of the tensors of each layer. Raises BadModel when the file changed since it was inspected."""
+    return _weights(model).layers
+
+
+def embedding_bytes(model: ModelFile) -> int:
+    """Bytes of the token embedding, which the head's node reads from disk. Raises as `layer_bytes`."""
+    return _weights(model).embedding
+
+
+def head_bytes(model: ModelFile) -> int:
+    """Bytes that a tail has beside its layers: output head, or the embedding that is one too, and final norm."""
+    weights = _weights(model)
+    return (weights.head or weights.embedding) + weights.norm
+
+
+def _weights(model: ModelFile) -> _Weights:
+    layers = [0] * model.n_layers
+    embedding = head = norm = 0
+    headers = [read_header(path) for path in model.files]
+    for tensor in (tensor for header in headers for tensor in header.tensors):
+        block = _BLOCK.match(tensor.name)
+        if block is not None and int(block[1]) < model.n_layers:
+            layers[int(block[1])] += tensor.n_bytes
+        elif tensor.name == "token_embd.weight":
+            embedding += tensor.n_bytes
+        elif tensor.name == "output.weight":
+            head += tensor.n_bytes
+        elif block is None:
+            norm += tensor.n_bytes
+    prefix = f"{model.architecture}.expert_"
+    used = headers[0].metadata.get(f"{prefix}used_count")
+    width = headers[0].metadata.get(f"{prefix}feed_forward_length", model.n_ff)
+    experts = used * width if isinstance(used, int) and isinstance(width, int) else 0
+    return _Weights(tuple(layers), embedding, head, norm, max(model.n_ff, experts))
+
+
+def stage_memory(
+    model: ModelFile, first: int, last: int, ctx_size: int, slots: int, n_batch: int = DEFAULT_BATCH
+) -> MemoryEstimate:
+    """Memory of an engine with layers [first, last) of `model` as a stage, `slots` slots of `ctx_size` tokens each.
+
+    weights = layers, final norm; in a tail the output head
+    kv      = slots x padded ctx x KV bytes per token of the layers
+    compute = n_batch x (4 n_embd + 3 n_ff) x F32 + n_batch x padded ctx x F16    llama.cpp's compute buffer
+            + n_batch x 4 n_embd x F32                                             rows that come in and go out
+            + n_vocab x (slots x F32 + VOCAB_BYTES)                                in a tail: logits, and the vocabulary
+            + STAGE_OVERHEAD
+    The compute buffer is what llama.cpp reserves when a context's outputs are bounded (see llama/context.py). With
+    experts, n_ff is that of all experts that one row is given to.
+
+    Raises BadModel when the file changed since it was inspected.
+    """
+    return _stage_memory(model, _weights(model), (first, last), ctx_size, slots, n_batch)
+
+
+def largest_range(
+    model: ModelFile, memory: int, ctx_size: int, slots: int, first: int = 0, n_batch: int = DEFAULT_BATCH
+) -> int:
+    """The largest `last` for which the stage [first, last) fits into `memory`; `first` when not one layer does.
+
+    Raises BadModel when the file changed since it was inspected.
+    """
+    weights = _weights(model)
+    last = first
+    while last < model.n_layers:
+        if _stage_memory(model, weights, (first, last + 1), ctx_size, slots, n_batch).total > memory:
+            break
+        last += 1
+    return last
+
+
+def _stage_memory(
+    model: ModelFile, weights: _Weights, layers: tuple[int, int], ctx_size: int, slots: int, n_batch: int
+) -> MemoryEstimate:
+    first, last = layers
+    padded = -(-ctx_size // CTX_PADDING) * CTX_PADDING
+    n_vocab = model.n_vocab if last == model.n_layers else 0
+    kv_width = sum(model.n_head_kv[first:last]) * (model.head_dim_k + model.head_dim_v)
+    # llama.cpp computes no more rows at a time than its context holds.
+    n_rows = min(n_batch, slots * padded)
+    rows = n_rows * (8 * model.n_embd + 3 * weights.ff_width) * F32_BYTES
+    mask = n_rows * padded * F16_BYTES
+    return MemoryEstimate(
+        weights=weights.of(first, last),
+        kv=slots * padded * kv_width * F16_BYTES,
+        compute=rows + mask + n_vocab * (slots * F32_BYTES + VOCAB_BYTES) + STAGE_OVERHEAD,
     )
 
 

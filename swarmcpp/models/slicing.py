@@ -26,6 +26,7 @@ from swarmcpp.errors import BadConfig, BadModel, StartupError
 from swarmcpp.files import read_into
 from swarmcpp.models.gguf_header import ARRAY, MAGIC, STRING, GgufHeader, Scalar, TensorInfo, read_header
 from swarmcpp.models.inspect import ModelFile, inspect
+from swarmcpp.models.modelfiles import ByteRange
 
 ARCHITECTURES = ("llama", "phi3", "qwen2", "qwen3", "qwen3moe")
 """Those whose stages are tested to compute what the whole model does, bit for bit. What makes others wrong: layers that
@@ -123,17 +124,7 @@ def write_slice(source: Path, first: int, last: int, target: Path, *, fingerprin
     """
     if len(fingerprint) != DIGEST_BYTES:
         raise ValueError(f"a fingerprint of {len(fingerprint)} bytes, not {DIGEST_BYTES}")
-    model = inspect(source)
-    headers = [read_header(path) for path in model.files]
-    found = slice_of(headers[0])
-    if found is not None:
-        raise BadModel(
-            f"{source}: is a slice itself (layers {found.first} to {found.last} of {found.n_layers}); "
-            "give the file of the whole model"
-        )
-    check_sliceable(model, first, last)
-    if headers[0].metadata.get(f"{model.architecture}.nextn_predict_layers"):
-        raise BadModel(f"{source}: has layers that predict further tokens, which no slice can hold; serve it whole")
+    model, headers = _sliceable(source, first, last)
     wanted = Slice(first, last, model.n_layers, fingerprint)
     parts = tuple(_parts(headers, wanted))
     scratch = target.with_name(f"{target.name}.{os.getpid()}.part")
@@ -153,6 +144,38 @@ def write_slice(source: Path, first: int, last: int, target: Path, *, fingerprin
         with suppress(OSError):
             scratch.unlink()
     return target
+
+
+def slice_ranges(source: Path, first: int, last: int) -> tuple[ByteRange, ...]:
+    """What `write_slice` reads of a model's files. Their headers are enough for this. Raises BadConfig, BadModel."""
+    model, headers = _sliceable(source, first, last)
+    parts = _parts(headers, Slice(first, last, model.n_layers, b""))
+    tensors = (ByteRange(part.file, part.tensor.offset, part.tensor.offset + part.n_bytes) for part in parts)
+    return (*(ByteRange(file, 0, header.data_offset) for file, header in enumerate(headers)), *tensors)
+
+
+def embedding_range(source: Path) -> ByteRange:
+    """Where a model's token embedding is. Its headers are enough for this. Raises BadModel."""
+    headers = [read_header(path) for path in inspect(source).files]
+    found = ((file, t) for file, header in enumerate(headers) for t in header.tensors if t.name == _EMBEDDING)
+    file, tensor = next(found)
+    return ByteRange(file, tensor.offset, tensor.offset + tensor.n_bytes)
+
+
+def _sliceable(source: Path, first: int, last: int) -> tuple[ModelFile, list[GgufHeader]]:
+    """The model at `source` with the headers of all its files, if layers [first, last) of it can be a slice."""
+    model = inspect(source)
+    headers = [read_header(path) for path in model.files]
+    found = slice_of(headers[0])
+    if found is not None:
+        raise BadModel(
+            f"{source}: is a slice itself (layers {found.first} to {found.last} of {found.n_layers}); "
+            "give the file of the whole model"
+        )
+    check_sliceable(model, first, last)
+    if headers[0].metadata.get(f"{model.architecture}.nextn_predict_layers"):
+        raise BadModel(f"{source}: has layers that predict further tokens, which no slice can hold; serve it whole")
+    return model, headers
 
 
 def _parts(headers: Sequence[GgufHeader], wanted: Slice) -> Iterator[_Part]:

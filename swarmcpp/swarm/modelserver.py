@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from swarmcpp.errors import BadModel, BadRequest, NotReady
-from swarmcpp.models.manifest import FileChunk, Manifest
+from swarmcpp.files import read_at
+from swarmcpp.models.manifest import Manifest
+from swarmcpp.models.modelfiles import SparseModel
 from swarmcpp.peerwire import ChunkReply, GetChunk, GetManifest, ManifestReply
 
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    files: tuple[Path, ...]
-    changed_ns: tuple[int, ...]
     manifest: Manifest
     encoded: bytes
+    read: Callable[[int], bytes]
+    """A chunk. Blocking; raises NotReady, BadRequest, and IndexError outside the model's chunks."""
 
 
 class ModelServer:
@@ -33,7 +37,15 @@ class ModelServer:
             changed = tuple(path.stat().st_mtime_ns for path in files)
         except OSError as error:
             raise BadModel(f"{error.filename}: cannot read it: {error.strerror}") from error
-        self._offers[manifest.fingerprint] = _Offer(tuple(files), changed, manifest, manifest.to_bytes())
+        self._add(manifest, partial(_read_whole, manifest, tuple(files), changed))
+
+    def offer_parts(self, parts: SparseModel) -> None:
+        """Give the chunks that `parts` has, now or later. A model that is offered whole stays so."""
+        if parts.manifest.fingerprint not in self._offers:
+            self._add(parts.manifest, partial(_read_part, parts))
+
+    def _add(self, manifest: Manifest, read: Callable[[int], bytes]) -> None:
+        self._offers[manifest.fingerprint] = _Offer(manifest, manifest.to_bytes(), read)
 
     async def answer(self, message: GetManifest | GetChunk) -> tuple[ManifestReply | ChunkReply, list[bytes]]:
         """The reply with its payload.
@@ -47,25 +59,29 @@ class ModelServer:
         if isinstance(message, GetManifest):
             return ManifestReply(), [offer.encoded]
         try:
-            chunk = offer.manifest.chunk(message.index)
+            return ChunkReply(), [await asyncio.to_thread(offer.read, message.index)]
         except IndexError:
             raise BadRequest(
                 f"chunk {message.index} of a model with {offer.manifest.n_chunks}; ask for one of these", param="index"
             ) from None
-        data = await asyncio.to_thread(_read, offer, chunk)
-        if data is None:
-            raise NotReady(f"{offer.files[chunk.file].name} changed since it was offered; ask another node")
-        return ChunkReply(), [data]
 
 
-def _read(offer: _Offer, chunk: FileChunk) -> bytes | None:
-    """The chunk, or None when its file has gone or changed: a time of change costs less than hashing every chunk."""
-    try:
-        with offer.files[chunk.file].open("rb") as file:
-            if os.fstat(file.fileno()).st_mtime_ns != offer.changed_ns[chunk.file]:
-                return None
-            file.seek(chunk.offset)
-            data = file.read(chunk.size)
-    except OSError:
-        return None
-    return data if len(data) == chunk.size else None
+def _read_whole(manifest: Manifest, files: Sequence[Path], changed_ns: Sequence[int], index: int) -> bytes:
+    """A time of change costs less than hashing every chunk."""
+    chunk = manifest.chunk(index)
+    path = files[chunk.file]
+    data = b""
+    with suppress(OSError), path.open("rb") as file:
+        if os.fstat(file.fileno()).st_mtime_ns == changed_ns[chunk.file]:
+            data = read_at(file.fileno(), chunk.size, chunk.offset)
+    if len(data) != chunk.size:
+        raise NotReady(f"{path.name} changed since it was offered; ask another node")
+    return data
+
+
+def _read_part(parts: SparseModel, index: int) -> bytes:
+    data = parts.read(index)
+    if data is None:
+        shown = parts.manifest.fingerprint.hex()[:8]
+        raise BadRequest(f"chunk {index} of model {shown} is not held here; ask another node", param="index")
+    return data

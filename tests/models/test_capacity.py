@@ -18,13 +18,21 @@ from swarmcpp.models.capacity import (
     AUTO_CTX,
     MIN_CTX,
     OVERHEAD,
+    STAGE_OVERHEAD,
     choose_capacity,
+    embedding_bytes,
     estimate_memory,
     gigabytes,
+    head_bytes,
     kv_bytes_per_token,
+    largest_range,
+    layer_bytes,
+    stage_memory,
 )
+from swarmcpp.models.gguf_header import read_header
 from swarmcpp.models.inspect import ModelFile, inspect
-from swarmcpp.models.synthetic import TINY, write_model
+from swarmcpp.models.slicing import write_slice
+from swarmcpp.models.synthetic import TINY, Shape, write_model
 
 MODEL = ModelFile(
     path=Path("model.gguf"),
@@ -71,7 +79,64 @@ def test_estimate_covers_what_llama_cpp_reserves(tmp_path: Path, ctx: int, slots
     assert real <= used <= 3 * real + 2**20
 
 
-def reserved_by_llama_cpp(path: Path, ctx: int, slots: int, batch: int) -> dict[str, float]:
+STAGE_SHAPES = {
+    "llama": Shape("random", "llama", 5, 64, 4, 2, 1024, 512, 4096),
+    "tied": Shape("random", "qwen2", 5, 128, 4, 2, 512, 512, 4096, True),
+    "experts": Shape("random", "qwen3moe", 5, 256, 4, 2, 256, 512, 4096, n_expert=4),
+}
+
+
+@pytest.fixture(params=STAGE_SHAPES)
+def stages(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return write_model(tmp_path / "m.gguf", STAGE_SHAPES[request.param], quant="Q8_0")
+
+
+@pytest.mark.parametrize(("ctx", "slots"), [(256, 1), (2048, 4)])
+@pytest.mark.parametrize(("first", "last"), [(0, 2), (1, 4), (3, 5)])
+def test_stage_estimate_is_what_llama_cpp_reserves(stages: Path, first: int, last: int, ctx: int, slots: int) -> None:
+    path = write_slice(stages, first, last, stages.with_name("slice.gguf"), fingerprint=bytes(32))
+    need = stage_memory(inspect(stages), first, last, ctx, slots)
+    reserved = reserved_by_llama_cpp(path, ctx, slots, 512, outputs=slots if last == 5 else 512)
+    # The log has two decimals of a MiB.
+    assert reserved["KV"] == pytest.approx(need.kv, abs=0.006 * 2**20)
+    tensors = inspect(path).tensor_bytes
+    assert tensors - 1024 <= need.weights <= tensors
+    used, real = need.compute - STAGE_OVERHEAD, reserved["compute"] + reserved["output"]
+    assert real - 0.02 * 2**20 <= used <= 1.5 * real + 2 * 2**20
+
+
+def test_bytes_of_layers_and_of_what_is_no_layer(stages: Path) -> None:
+    model, tensors = inspect(stages), {t.name: t.n_bytes for t in read_header(stages).tensors}
+    assert layer_bytes(model) == tuple(
+        sum(size for name, size in tensors.items() if name.startswith(f"blk.{layer}.")) for layer in range(5)
+    )
+    assert embedding_bytes(model) == tensors["token_embd.weight"]
+    head = tensors.get("output.weight", tensors["token_embd.weight"])
+    assert head_bytes(model) == head + tensors["output_norm.weight"]
+    assert stage_memory(model, 0, 5, 256, 1).weights == model.tensor_bytes
+
+
+def test_a_header_is_enough(stages: Path) -> None:
+    model = inspect(stages)
+    expected = stage_memory(model, 1, 5, 512, 2), layer_bytes(model)
+    with stages.open("rb+") as file:
+        file.truncate(read_header(stages).data_offset)
+        file.truncate(model.size_bytes)
+    assert (stage_memory(inspect(stages), 1, 5, 512, 2), layer_bytes(inspect(stages))) == expected
+
+
+@pytest.mark.parametrize("first", range(5))
+def test_the_largest_range_that_fits(stages: Path, first: int) -> None:
+    model = inspect(stages)
+    for last in range(first + 1, 6):
+        need = stage_memory(model, first, last, 2048, 4).total
+        assert largest_range(model, need, 2048, 4, first) == last
+        assert largest_range(model, need - 1, 2048, 4, first) == last - 1
+    assert largest_range(model, 1 << 40, 2048, 4, first) == 5
+    assert largest_range(model, 0, 2048, 4, first) == first
+
+
+def reserved_by_llama_cpp(path: Path, ctx: int, slots: int, batch: int, outputs: int = 0) -> dict[str, float]:
     """Bytes of each kind of buffer, from llama.cpp's log."""
     found: dict[str, float] = {}
 
@@ -89,6 +154,8 @@ def reserved_by_llama_cpp(path: Path, ctx: int, slots: int, batch: int) -> dict[
     padded = -(-ctx // 256) * 256
     params.n_ctx, params.n_seq_max, params.n_batch, params.n_ubatch = padded * slots, slots, batch, batch
     params.kv_unified, params.flash_attn_type = False, 1
+    if outputs:
+        params.n_outputs_max = outputs
     context = lc.llama_init_from_model(model, params)
     assert context
     lc.llama_free(context)

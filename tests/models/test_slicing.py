@@ -10,6 +10,7 @@ import gguf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from split_models import write_split
 
 from swarmcpp.errors import BadConfig, BadModel, StartupError
 from swarmcpp.models.gguf_header import GgufHeader, read_header
@@ -116,26 +117,7 @@ def test_numbers_of_each_layer_are_cut_too(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_split_model_gives_the_same_tensors(model: Path, tmp_path: Path) -> None:
-    reader = gguf.GGUFReader(model)
-    names = [tensor.name for tensor in reader.tensors]
-    paths = [tmp_path / f"m-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
-    for number, path in enumerate(paths):
-        writer = gguf.GGUFWriter(path, "llama")
-        if number == 0:
-            for key, value in read_header(model).metadata.items():
-                if key.startswith("llama.") and isinstance(value, int):
-                    writer.add_uint32(key, value)
-            writer.add_layer_norm_rms_eps(1e-6)
-            writer.add_tokenizer_model("no_vocab")
-        writer.add_uint16("split.no", number)
-        writer.add_uint16("split.count", 3)
-        writer.add_int32("split.tensors.count", len(names))
-        for tensor in reader.tensors[number::3]:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    paths = write_split(model, tmp_path, 3)
     (tmp_path / "one").mkdir()
     found, expected = cut(paths[0], 1, 4, tmp_path), cut(model, 1, 4, tmp_path / "one")
     assert not [key for key in found.metadata if key.startswith("split.")]

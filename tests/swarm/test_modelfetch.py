@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from model_peers import Peer
 
 from swarmcpp.errors import BadRequest, DownloadFailed, NotReady, PeerLost, PeerTimeout, SwarmError
 from swarmcpp.models import manifest as manifest_module
@@ -17,56 +18,19 @@ from swarmcpp.models.manifest import Manifest, ManifestFile, manifest_of
 from swarmcpp.models.modelfiles import find_local
 from swarmcpp.models.partial import locked
 from swarmcpp.peerwire import Ask, Caller, ChunkReply, GetChunk, GetManifest, ManifestReply, Pong, Reply
-from swarmcpp.swarm.modelfetch import PATIENCE_S, fetch_model, get_manifest
+from swarmcpp.swarm.modelfetch import fetch_model, get_manifest
 from swarmcpp.swarm.modelserver import ModelServer
+from swarmcpp.swarm.transfer import PATIENCE_S
 
 CHUNK = 1000
 N_CHUNKS = 40
 FAST = 0.01
 """Of the transfer's waits, what a test really waits."""
 
-Fault = Callable[[GetChunk, bytes], "bytes | SwarmError | None"]
-"""What becomes of a chunk: other bytes, an error, or no answer at all."""
-
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest_module, "CHUNK_BYTES", CHUNK)
-
-
-class Peer:
-    """A holder in this process, with a real server behind it."""
-
-    def __init__(self, server: ModelServer, fault: Fault = lambda _, data: data) -> None:
-        self.server = server
-        self.fault = fault
-        self.asked: list[int] = []
-        self.busy = self.most = 0
-
-    async def ask(
-        self, message: Ask, payload: Sequence[bytes] = (), *, timeout_s: float
-    ) -> tuple[Reply, list[memoryview]]:
-        assert isinstance(message, GetChunk | GetManifest)
-        reply, (data,) = await self.server.answer(message)
-        if isinstance(message, GetManifest):
-            return reply, [memoryview(data)]
-        self.asked.append(message.index)
-        self.busy += 1
-        self.most = max(self.most, self.busy)
-        try:
-            await asyncio.sleep(0)
-            outcome = self.fault(message, data)
-            if outcome is None:
-                await asyncio.Event().wait()
-            if isinstance(outcome, SwarmError):
-                raise outcome
-            assert outcome is not None
-            return reply, [memoryview(outcome)]
-        finally:
-            self.busy -= 1
-
-    def stream(self, message: Ask, *, silence_s: float) -> AsyncGenerator[Reply, None]:
-        raise NotImplementedError
 
 
 class Swarm:
