@@ -1,66 +1,39 @@
-"""A node's side of its engine: start it, feed it, and when it dies start it again and resume what ran there."""
+"""A node's side of the engine that answers whole requests: it resumes what ran on one that died."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import secrets
-import signal
-import sys
-import tempfile
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Unpack
 
-from swarmcpp.core import EngineState, EngineStats, GenerateRequest, KvLayout
-from swarmcpp.engine.abortflag import AbortFlag
-from swarmcpp.errors import EngineFailed, NotReady, StartupError, SwarmError, WireError, revive
-from swarmcpp.kv.cache import Grant, Lease, PrefixCache
-from swarmcpp.swarm.link import NodeLink
+from swarmcpp.core import EngineStats, GenerateRequest
+from swarmcpp.engineprocess import MAX_CRASHES, MAX_KILLS, EngineProcess, EngineStatus, ProcessOptions
+from swarmcpp.errors import EngineFailed, NotReady, SwarmError, WireError, revive
+from swarmcpp.incarnation import Incarnation
+from swarmcpp.kv.cache import Lease
 from swarmcpp.wire import (
     BlocksFull,
     BlocksStored,
     Cancel,
     EngineOptions,
-    Fault,
     Forget,
-    Load,
-    LoadProgress,
-    Ready,
+    FromEngine,
     StepOut,
-    Stop,
-    StoreBlocks,
     Submit,
     TokenOut,
-    UseArena,
 )
+
+__all__ = ["MAX_CRASHES", "MAX_KILLS", "EngineStatus", "EngineStream", "EngineSupervisor"]
 
 logger = logging.getLogger(__name__)
 
-MAX_CRASHES = 3
-"""Deaths of its own making, without a token in between, after which a model (or one request) is given up."""
-
-MAX_KILLS = 10
-"""The same for deaths by SIGKILL or SIGTERM: somebody else's doing, the OOM killer's perhaps, and worth more tries."""
-
-BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""Pause before the n-th restart in a row. The first is immediate: readers are waiting in mid-sentence."""
-
-STOP_GRACE_S = 3.0
-
-FAULT_EXIT = 1
-"""Exit code of an engine that sent a Fault (and of one with an uncaught exception)."""
-
 CHECK_S = 10.0
 """How long the block of a finished check is waited for."""
-
-LAST_WORDS_S = 1.0
-"""How long the messages and the stderr of an engine that exited are waited for."""
-
-_EXTERNAL = {-int(signal.SIGTERM), -int(getattr(signal, "SIGKILL", signal.SIGTERM))}
 
 
 class EngineStream:
@@ -111,25 +84,6 @@ class EngineStream:
 
 
 @dataclass(slots=True)
-class Incarnation:
-    """One engine process and what belongs to it alone."""
-
-    process: asyncio.subprocess.Process
-    link: NodeLink
-    abort: AbortFlag
-    directory: tempfile.TemporaryDirectory[str]
-    stderr: deque[str] = field(default_factory=lambda: deque(maxlen=30))
-    grants: dict[int, deque[Grant]] = field(default_factory=dict)
-    """By serial, in the order of their StoreBlocks."""
-
-    def close(self) -> None:
-        """Release everything but the process."""
-        self.link.close()
-        self.abort.close()
-        self.directory.cleanup()
-
-
-@dataclass(slots=True)
 class _Check:
     """A block that is computed again, see `EngineSupervisor.recompute`."""
 
@@ -137,243 +91,30 @@ class _Check:
     stored: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStatus:
-    """State of the supervised engine. `detail` says why it is not ready; `pid` is 0 when none runs."""
+class EngineSupervisor(EngineProcess):
+    """Keeps one engine alive, and the requests that run there. Every method runs on the event loop of `start`."""
 
-    state: EngineState = "starting"
-    detail: str = ""
-    load_fraction: float = 0.0
-    ctx_size: int = 0
-    slots: int = 0
-    resident_bytes: int = 0
-    restarts: int = 0
-    pid: int = 0
-
-
-class EngineSupervisor:
-    """Keeps one engine alive. Every method runs on the event loop of `start`."""
-
-    def __init__(
-        self,
-        options: EngineOptions,
-        *,
-        on_change: Callable[[EngineStatus], None] = lambda _status: None,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        command: tuple[str, ...] = (sys.executable, "-m", "swarmcpp.worker"),
-        open_cache: Callable[[KvLayout], PrefixCache | None] = lambda _layout: None,
-    ) -> None:
-        self._options = options
-        self._on_change = on_change
-        self._sleep = sleep
-        self._command = command
-        self._open_cache = open_cache
-        self.cache: PrefixCache | None = None
-        """The node's blocks, once an engine has told the shape of its KV."""
-        self._opening: asyncio.Task[PrefixCache | None] | None = None
+    def __init__(self, options: EngineOptions, **how: Unpack[ProcessOptions]) -> None:
+        """See `EngineProcess`."""
+        super().__init__(options, **how)
         self._streams: dict[int, EngineStream] = {}
         self._checks: dict[str, _Check] = {}
         """By salt."""
-        self._serial = 0
-        self._deaths = 0
-        self._incarnation: Incarnation | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._changed = asyncio.Event()
-        self._fault: SwarmError | None = None
-        self.status = EngineStatus()
-        self.stats = EngineStats(slots=options.slots, slots_busy=0, waiting=0)
-
-    # -- life ----------------------------------------------------------------------------------------------------
-
-    def start(self) -> None:
-        """Begin to load the model; `wait_ready` tells how it went."""
-        self._task = asyncio.create_task(self._run(), name="engine supervisor")
-
-    async def wait_ready(self) -> None:
-        """Return once the engine is ready. Raises the StartupError or EngineFailed that says why it never will be."""
-        while self.status.state != "ready":
-            if self.status.state in ("failed", "stopped"):
-                raise self._fault or NotReady("the engine was stopped")
-            self._changed.clear()
-            await self._changed.wait()
-
-    async def close(self) -> None:
-        """Stop the engine; unfinished streams fail with NotReady."""
-        self._set(state="stopped", detail="shutting down")
-        self._fail_all(NotReady("this node is shutting down"))
-        if self._incarnation:
-            await self._end(self._incarnation)
-        if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        if self._opening:
-            self.cache, self._opening = await self._opening, None
-        if self.cache:
-            self.cache.close()
-            self.cache = None
-
-    def _set(self, **changes: object) -> None:
-        self.status = replace(self.status, **changes)  # type: ignore[arg-type]
-        self._changed.set()
-        self._on_change(self.status)
-
-    async def _run(self) -> None:
-        """Launch engines, one after another, until one is told to stop or nothing more can be tried."""
-        try:
-            while self.status.state not in ("stopped", "failed"):
-                await self._sleep(BACKOFF_S[min(max(self._deaths - 1, 0), len(BACKOFF_S) - 1)])
-                incarnation = self._incarnation = await self._launch()
-                try:
-                    code = await self._attend(incarnation)
-                finally:
-                    self._incarnation = None
-                    self._end_blocks(incarnation)
-                    incarnation.close()
-                if self.status.state != "stopped":
-                    self._after_death(code, incarnation)
-        except Exception as error:
-            logger.exception("the engine supervisor failed")
-            self._give_up(EngineFailed(f"the engine supervisor failed: {error}"))
-
-    async def _launch(self) -> Incarnation:
-        with contextlib.ExitStack() as undo:
-            directory = tempfile.TemporaryDirectory(prefix="swarmcpp-", ignore_cleanup_errors=True)
-            undo.callback(directory.cleanup)
-            abort_file = Path(directory.name) / "abort"
-            abort = AbortFlag(abort_file, create=True)
-            undo.callback(abort.close)
-            link = NodeLink()
-            # A link that is dropped with its socket open blocks for ever when it is collected.
-            undo.callback(link.close)
-            process = await asyncio.create_subprocess_exec(
-                *self._command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-                # Ctrl-C belongs to the node, which then stops the engine in order.
-                start_new_session=sys.platform != "win32",
-            )
-            undo.pop_all()
-        incarnation = Incarnation(process, link, abort, directory)
-        if process.stdin:
-            ticket = {**link.ticket, "abort_file": str(abort_file)}
-            with contextlib.suppress(ConnectionError):
-                process.stdin.write(json.dumps(ticket).encode() + b"\n")
-                await process.stdin.drain()
-        self._set(pid=process.pid)
-        return incarnation
-
-    async def _attend(self, incarnation: Incarnation) -> int:
-        """Handle an engine's messages until it exits; its exit code."""
-        pump = asyncio.create_task(self._pump(incarnation), name="engine messages")
-        errors = asyncio.create_task(self._collect_stderr(incarnation), name="engine stderr")
-        try:
-            exited = asyncio.create_task(incarnation.process.wait())
-            await asyncio.wait({exited, pump}, return_when=asyncio.FIRST_COMPLETED)
-            if not exited.done():
-                await self._dismiss(pump, exited, incarnation)
-            code = await exited
-            await asyncio.wait({errors}, timeout=LAST_WORDS_S)
-            if code == FAULT_EXIT:
-                # The exit may be noticed before the Fault that explains it.
-                await asyncio.wait({pump}, timeout=LAST_WORDS_S)
-            return code
-        finally:
-            pump.cancel()
-            errors.cancel()
-            await asyncio.gather(pump, errors, return_exceptions=True)
-            if incarnation.process.returncode is None:
-                incarnation.process.kill()
-                await incarnation.process.wait()
-
-    async def _dismiss(self, pump: asyncio.Task[None], exited: asyncio.Task[int], incarnation: Incarnation) -> None:
-        """End an engine that has said its last: a Fault, or a frame that is none of ours."""
-        error = pump.exception()
-        # An engine that cannot be written to has died, of what its exit code tells.
-        if error and not isinstance(error, EngineFailed):
-            # Such an engine cannot be trusted with more.
-            self._fault = error if isinstance(error, SwarmError) else EngineFailed(f"engine messages: {error!r}")
-        else:
-            await asyncio.wait({exited}, timeout=STOP_GRACE_S)
-        if not exited.done():
-            incarnation.process.kill()
-
-    async def _end(self, incarnation: Incarnation) -> None:
-        with contextlib.suppress(EngineFailed):
-            incarnation.link.send(Stop())
-        try:
-            await asyncio.wait_for(incarnation.process.wait(), STOP_GRACE_S)
-        except TimeoutError:
-            incarnation.process.kill()
-            await incarnation.process.wait()
-
-    async def _collect_stderr(self, incarnation: Incarnation) -> None:
-        if incarnation.process.stderr is None:
-            return
-        while True:
-            try:
-                line = await incarnation.process.stderr.readline()
-            except ValueError:
-                # Longer than the reader's buffer; it is dropped, so that the engine never blocks on a full pipe.
-                continue
-            if not line:
-                return
-            text = line.decode("utf-8", "replace").rstrip()
-            incarnation.stderr.append(text)
-            logger.debug("engine: %s", text)
+        self._idle = EngineStats(slots=options.slots, slots_busy=0, waiting=0)
+        self.stats = self._idle
 
     # -- messages ------------------------------------------------------------------------------------------------
 
-    async def _pump(self, incarnation: Incarnation) -> None:
-        """Handle messages until a Fault, which is the last one. Raises WireError."""
-        introduced = False
-        while True:
-            message = await incarnation.link.receive()
-            if not introduced:
-                introduced = True
-                incarnation.link.send(Load(options=self._options))
-            match message:
-                case StepOut():
-                    self._on_step(message)
-                case LoadProgress(fraction=fraction):
-                    self._set(load_fraction=fraction)
-                case Ready():
-                    await self._on_ready(incarnation, message)
-                case BlocksFull():
-                    self._on_full(incarnation, message)
-                case BlocksStored():
-                    self._on_stored(incarnation, message)
-                case Fault(code=code, message=text):
-                    self._fault = revive(code, text)
-                    return
+    def _handle(self, incarnation: Incarnation, message: FromEngine) -> None:
+        match message:
+            case StepOut():
+                self._on_step(message)
+            case BlocksFull():
+                self._on_full(incarnation, message)
+            case BlocksStored():
+                self._on_stored(incarnation, message)
 
-    async def _on_ready(self, incarnation: Incarnation, ready: Ready) -> None:
-        if ready.layout is None:
-            logger.info("no arena for this model: %s", ready.no_blocks)
-        elif self.cache is None or not self.cache.in_place():
-            if self.cache:
-                # Its file was deleted, or another node has made one of that name: this engine could not use it.
-                self.cache.close()
-                self.cache = None
-            if self._opening is None:
-                # It reads the table of an arena, which may be large.
-                self._opening = asyncio.create_task(asyncio.to_thread(self._open_cache, ready.layout))
-            # A thread cannot be stopped: should this engine die meanwhile, the next one takes what it opens.
-            self.cache = await asyncio.shield(self._opening)
-            self._opening = None
-        if self.cache:
-            cache = self.cache
-            incarnation.link.send(
-                UseArena(path=str(cache.path), block_bytes=cache.block_bytes, n_blocks=cache.n_blocks)
-            )
-        self._set(
-            state="ready",
-            detail="",
-            load_fraction=1.0,
-            ctx_size=ready.ctx_size,
-            slots=ready.slots,
-            resident_bytes=ready.resident_bytes,
-        )
+    def _serve(self, incarnation: Incarnation) -> None:
         # One by one: should this engine fail in between, the next one finds the rest.
         for waiting, stream in list(self._streams.items()):
             try:
@@ -476,19 +217,12 @@ class EngineSupervisor:
         else:
             grant = self.cache.grant(full.tokens, full.salt)
         # Even when nothing is wanted: the engine keeps the slot for the answer.
-        incarnation.grants.setdefault(full.serial, deque()).append(grant)
-        incarnation.link.send(StoreBlocks(serial=full.serial, grants=grant.grants))
+        self._grant(incarnation, full.serial, grant)
 
     def _on_stored(self, incarnation: Incarnation, stored: BlocksStored) -> None:
-        waiting = incarnation.grants.get(stored.serial)
-        if self.cache is None or not waiting:
-            return
-        grant = waiting.popleft()
-        self.cache.enter(grant, stored.written)
-        if not waiting:
-            del incarnation.grants[stored.serial]
+        grant = self._enter(incarnation, stored)
         for check in self._checks.values():
-            if any(block.key == check.key for block in grant.blocks.values()):
+            if grant and any(block.key == check.key for block in grant.blocks.values()):
                 check.stored.set()
 
     async def recompute(self, tokens: tuple[int, ...], salt: str, block_tokens: int) -> bytes | None:
@@ -533,63 +267,21 @@ class EngineSupervisor:
             with contextlib.suppress(EngineFailed):
                 self._incarnation.link.send(Forget())
 
-    def _end_blocks(self, incarnation: Incarnation) -> None:
-        """An engine is gone: nothing is read or written by it any more."""
-        for stream in self._streams.values():
-            self._end_lease(stream)
-        if self.cache:
-            for waiting in incarnation.grants.values():
-                for grant in waiting:
-                    self.cache.enter(grant, ())
-        incarnation.grants.clear()
-
     # -- deaths --------------------------------------------------------------------------------------------------
 
-    def _after_death(self, code: int, incarnation: Incarnation) -> None:
-        """Decide what an exit means: restart, or give up."""
-        self.stats = EngineStats(slots=self._options.slots, slots_busy=0, waiting=0)
-        if self._fault and isinstance(self._fault, StartupError):
-            self._give_up(self._fault)
-            return
-        self._deaths += 1
-        # With a fault, a SIGKILL was the supervisor's own.
-        limit = MAX_KILLS if code in _EXTERNAL and self._fault is None else MAX_CRASHES
-        reason = _describe_exit(code, incarnation.stderr, self._fault)
-        self._fault = None
-        logger.warning("the engine died (%s); death %d of %d in a row", reason, self._deaths, limit)
-        if self._deaths >= limit:
-            self._give_up(
-                EngineFailed(
-                    f"{self._options.model_path}: this model killed its engine {self._deaths} times in a row "
-                    f"({reason}); it is not tried again. `swarmcpp doctor` checks this machine"
-                )
-            )
-            return
+    def _gone(self) -> None:
+        self.stats = self._idle
+        for stream in self._streams.values():
+            self._end_lease(stream)
+
+    def _count_death(self, limit: int, reason: str) -> None:
         for serial, stream in list(self._streams.items()):
             stream.deaths += 1
             if stream.deaths >= limit:
                 del self._streams[serial]
                 stream.fail(EngineFailed(f"the engine died {stream.deaths} times on this request ({reason})"))
-        self._set(state="restarting", detail=reason, restarts=self.status.restarts + 1, pid=0, load_fraction=0.0)
-
-    def _give_up(self, error: SwarmError) -> None:
-        self._fault = error
-        self._fail_all(error if not isinstance(error, StartupError) else NotReady(str(error)))
-        self._set(state="failed", detail=str(error), pid=0)
 
     def _fail_all(self, error: SwarmError) -> None:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(error)
-
-
-def _describe_exit(code: int, stderr: deque[str], fault: SwarmError | None) -> str:
-    """An exit code with its signal's name and the last thing the engine said."""
-    if fault is not None:
-        return str(fault)
-    try:
-        what = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    except ValueError:
-        what = f"signal {-code}"
-    last = next((line for line in reversed(stderr) if line.strip()), "")
-    return f"{what}: {last}" if last else what

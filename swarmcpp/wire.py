@@ -19,6 +19,11 @@ MAX_FRAME: Final = 16 << 20
 """Bytes. A million-token prompt is 5 MB in msgpack; anything near this limit is not one of our messages."""
 
 
+MAX_TENSOR: Final = 64 << 20
+"""Bytes of a raw frame beside a message: 512 rows of 32768 values, more than any model's, in F32."""
+
+Buffer = bytes | bytearray | memoryview
+
 RowEncoding = Literal["f32", "q8_0"]
 """How rows between stages are written: little-endian float32, or ggml's Q8_0 (34 bytes for 32 values), row by row."""
 
@@ -87,12 +92,15 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
 
 
 class Place(msgspec.Struct, frozen=True, tag="place"):
-    """Node to stage: give `serial` a sequence whose KV is that of `blocks`, anew if it has one. Answered by Placed.
+    """Node to stage: give `serial` a sequence, or keep the one it has, with `tokens` tokens in its KV. Answered by
+    Placed.
 
-    `request` only to a tail: what it samples by, after `generated`.
+    What it has of more is cut off. If it has fewer, its KV becomes that of `blocks`, which have the beginning of the
+    same tokens. `request` only to a tail: what it samples by, after `generated`.
     """
 
     serial: int
+    tokens: int = 0
     blocks: tuple[BlockRef, ...] = ()
     request: GenerateRequest | None = None
 
@@ -155,10 +163,14 @@ class BlocksStored(msgspec.Struct, frozen=True, tag="stored"):
 
 
 class Placed(msgspec.Struct, frozen=True, tag="placed"):
-    """Stage to node: the answer to Place. `blocks` are loaded; with a `code`, there is no sequence for this reason."""
+    """Stage to node: the answer to Place. `tokens` are in the KV, and `blocks` were loaded for it; with a `code`, there
+    is no sequence for this reason."""
 
     serial: int
+    tokens: int = 0
     blocks: int = 0
+    bad_blocks: bool = False
+    """Not all blocks of the Place were sound; the arena should drop those after `blocks`."""
     code: str = ""
     message: str = ""
 
@@ -273,4 +285,19 @@ class EngineLink(Protocol):
 
     def send(self, message: FromEngine) -> None:
         """Queue a message for the node."""
+        ...
+
+
+class StageLink(Protocol):
+    """The connection of a stage's engine to its own node."""
+
+    frame: bytes | None
+    """What came beside the message that `receive` returned last."""
+
+    def receive(self, timeout_s: float) -> ToEngine | None:
+        """See `EngineLink`."""
+        ...
+
+    def send(self, message: FromEngine, frame: Buffer | None = None) -> None:
+        """Queue a message for the node, with at most one frame beside it. Raises WireError over MAX_TENSOR."""
         ...

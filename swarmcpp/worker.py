@@ -12,12 +12,21 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
+from swarmcpp.core import KvLayout
 from swarmcpp.errors import SnapshotError, SwarmError
 from swarmcpp.swarm.link import WorkerLink
 from swarmcpp.wire import EngineLink, EngineOptions, Fault, Load, LoadProgress, Ready, Stop, UseArena
+
+if TYPE_CHECKING:
+    from swarmcpp.engine.abortflag import AbortFlag
+    from swarmcpp.engine.loop import Engine
+    from swarmcpp.llama.backend import LlamaBackend
+    from swarmcpp.llama.context import Context, ContextOptions, Model
+    from swarmcpp.llama.stage import LlamaStage
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +56,7 @@ def _die_with_node(stdin: TextIO) -> None:
     os._exit(0)
 
 
-def _serve(link: EngineLink, abort_file: Path) -> None:
+def _serve(link: WorkerLink, abort_file: Path) -> None:
     # The first message tells the node that this end is connected.
     link.send(LoadProgress(fraction=0.0))
     message = link.receive(timeout_s=60.0)
@@ -58,54 +67,34 @@ def _serve(link: EngineLink, abort_file: Path) -> None:
     _run_engine(message.options, link, abort_file)
 
 
-def _run_engine(options: EngineOptions, link: EngineLink, abort_file: Path) -> None:
+def _run_engine(options: EngineOptions, link: WorkerLink, abort_file: Path) -> None:
     # Imported here: these load llama.cpp, and a library that cannot be loaded must be reported through the link.
     import psutil
 
-    from swarmcpp._native import abort_callback_address
     from swarmcpp.engine.abortflag import AbortFlag
-    from swarmcpp.engine.loop import Engine
-    from swarmcpp.engine.scheduler import Policy, Scheduler
+    from swarmcpp.engine.stageloop import StageLoop
     from swarmcpp.kv.arena import ArenaFile, ArenaGeometry
-    from swarmcpp.llama.backend import LlamaBackend
-    from swarmcpp.llama.context import Context, ContextOptions, Model
+    from swarmcpp.llama.context import Model
+    from swarmcpp.llama.stage import LlamaStage
 
     if options.diag:
         logging.getLogger("swarmcpp").setLevel(logging.DEBUG)
     abort = AbortFlag(abort_file, create=False)
     model = Model(Path(options.model_path), use_extra_bufts=options.use_extra_bufts, progress=_Progress(link).report)
-    context = Context(
-        model,
-        ContextOptions(
-            n_ctx=options.ctx_size,
-            n_seqs=options.slots,
-            n_threads=options.threads,
-            abort_callback=abort_callback_address(),
-            abort_data=abort.address,
-        ),
-    )
-    backend = LlamaBackend(model, context, options.prefix_block_tokens)
-    layout, no_blocks = None, "prefix_cache_enabled is off"
-    if options.prefix_block_tokens:
-        try:
-            layout, no_blocks = backend.learn(), ""
-        except SnapshotError as error:
-            no_blocks = str(error)
-    policy = Policy(
-        prefill_chunk_tokens=options.prefill_chunk_tokens,
-        prefill_budget_s=options.prefill_budget_s,
-        max_rows=backend.max_rows,
-        continuous_batching=options.continuous_batching,
-        batched_prefill_forward=options.batched_prefill_forward,
-    )
+    context, backend = _open_stage(options, model) if options.stage else _open_whole(options, model, abort)
+    layout, no_blocks = _learn(options, backend)
     # Copies between slots need the layout too.
     reuse = options.prefix_block_tokens if layout else 0
-    engine = Engine(backend, link, Scheduler(policy), abort, time.monotonic, block_tokens=reuse)
+    loop: Engine | StageLoop
+    if isinstance(backend, LlamaStage):
+        loop = StageLoop(backend, link, time.monotonic, block_tokens=reuse)
+    else:
+        loop = _engine(options, backend, link, abort, reuse)
 
     def use_arena(message: UseArena) -> None:
         backend.use_file(ArenaFile(Path(message.path), ArenaGeometry(message.block_bytes, message.n_blocks)))
 
-    engine.on_arena = use_arena
+    loop.on_arena = use_arena
     link.send(
         Ready(
             ctx_size=backend.n_ctx,
@@ -117,10 +106,61 @@ def _run_engine(options: EngineOptions, link: EngineLink, abort_file: Path) -> N
         )
     )
     try:
-        engine.serve()
+        loop.serve()
     finally:
         context.close()
         model.close()
+
+
+def _open_whole(options: EngineOptions, model: Model, abort: AbortFlag) -> tuple[Context, LlamaBackend]:
+    from swarmcpp._native import abort_callback_address
+    from swarmcpp.llama.backend import LlamaBackend
+    from swarmcpp.llama.context import Context
+
+    sizes = _context_options(options)
+    context = Context(model, replace(sizes, abort_callback=abort_callback_address(), abort_data=abort.address))
+    return context, LlamaBackend(model, context, options.prefix_block_tokens)
+
+
+def _open_stage(options: EngineOptions, model: Model) -> tuple[Context, LlamaStage]:
+    from swarmcpp.llama.stage import LlamaStage, StageContext
+    from swarmcpp.models.gguf_header import read_header
+    from swarmcpp.models.slicing import slice_of
+
+    found = slice_of(read_header(Path(options.model_path)))
+    # A whole model is a stage with all layers.
+    stage = StageContext(model, _context_options(options), is_tail=found is None or found.is_tail)
+    return stage.context, LlamaStage(model, stage, options.prefix_block_tokens)
+
+
+def _context_options(options: EngineOptions) -> ContextOptions:
+    from swarmcpp.llama.context import ContextOptions
+
+    return ContextOptions(n_ctx=options.ctx_size, n_seqs=options.slots, n_threads=options.threads)
+
+
+def _learn(options: EngineOptions, backend: LlamaBackend) -> tuple[KvLayout | None, str]:
+    """The layout of the KV, or why it is in no blocks."""
+    if not options.prefix_block_tokens:
+        return None, "prefix_cache_enabled is off"
+    try:
+        return backend.learn(), ""
+    except SnapshotError as error:
+        return None, str(error)
+
+
+def _engine(options: EngineOptions, backend: LlamaBackend, link: EngineLink, abort: AbortFlag, reuse: int) -> Engine:
+    from swarmcpp.engine.loop import Engine
+    from swarmcpp.engine.scheduler import Policy, Scheduler
+
+    policy = Policy(
+        prefill_chunk_tokens=options.prefill_chunk_tokens,
+        prefill_budget_s=options.prefill_budget_s,
+        max_rows=backend.max_rows,
+        continuous_batching=options.continuous_batching,
+        batched_prefill_forward=options.batched_prefill_forward,
+    )
+    return Engine(backend, link, Scheduler(policy), abort, time.monotonic, block_tokens=reuse)
 
 
 class _Progress:

@@ -16,7 +16,7 @@ from swarmcpp.core import EngineStats
 from swarmcpp.errors import EngineFailed, WireError
 from swarmcpp.swarm import link as module
 from swarmcpp.swarm.link import NodeLink, WorkerLink
-from swarmcpp.wire import MAX_FRAME, Cancel, Fault, LoadProgress, StepOut, Stop, TokenOut, encode
+from swarmcpp.wire import MAX_FRAME, MAX_TENSOR, Cancel, Fault, LoadProgress, StepOut, Stop, TokenOut, encode
 
 DEADLINE_S = 10.0
 
@@ -71,6 +71,36 @@ async def test_a_large_message_passes(node: NodeLink) -> None:
         fault = Fault("x", "y" * (MAX_FRAME - 100))
         worker.send(fault)
         assert await receive(node) == fault
+
+
+async def test_a_frame_travels_beside_its_message(node: NodeLink) -> None:
+    with connected(node) as worker:
+        await greet(node, worker)
+        rows = bytes(range(256)) * (MAX_TENSOR // 256)
+        node.send(Cancel(1), memoryview(rows))
+        node.send(Cancel(2), b"")
+        node.send(Cancel(3))
+        for serial, frame in ((1, rows), (2, b""), (3, None)):
+            assert worker.receive(DEADLINE_S) == Cancel(serial)
+            assert worker.frame == frame
+        worker.send(LoadProgress(0.5), bytearray(rows))
+        worker.send(LoadProgress(1.0))
+        for fraction, frame in ((0.5, rows), (1.0, None)):
+            assert await receive(node) == LoadProgress(fraction)
+            assert node.frame == frame
+
+
+async def test_one_frame_of_its_limit_is_the_most(node: NodeLink) -> None:
+    with connected(node) as worker:
+        await greet(node, worker)
+        for send in (lambda frame: node.send(Stop(), frame), lambda frame: worker.send(LoadProgress(0.1), frame)):
+            with pytest.raises(WireError, match=f"{MAX_TENSOR + 1} bytes beside a message"):
+                send(bytes(MAX_TENSOR + 1))
+        worker._socket.send_multipart([encode(LoadProgress(0.2))] * 3)
+        with pytest.raises(WireError, match="3 frames"):
+            await receive(node)
+        worker.send(LoadProgress(1.0))
+        assert await receive(node) == LoadProgress(1.0)
 
 
 async def test_an_empty_inbox_is_none(node: NodeLink) -> None:

@@ -79,6 +79,8 @@ options = st.builds(
     batched_prefill_forward=st.booleans(),
 )
 rows = st.lists(ids, max_size=3).map(tuple)
+run_parts = st.builds(wire.RunPart, ids, ids, ids, st.booleans())
+encodings = st.sampled_from(["f32", "q8_0"])
 layouts = st.builds(KvLayout, magic=ids, n_stream=ids, k_type=ids, v_type=ids, k_rows=rows, v_rows=rows)
 by_class: dict[type, st.SearchStrategy[Any]] = {
     wire.Load: st.builds(wire.Load, options),
@@ -87,6 +89,8 @@ by_class: dict[type, st.SearchStrategy[Any]] = {
     wire.Forget: st.builds(wire.Forget),
     wire.StoreBlocks: st.builds(wire.StoreBlocks, ids, st.lists(st.tuples(ids, ids), max_size=3).map(tuple)),
     Cancel: st.builds(Cancel, ids),
+    wire.Place: st.builds(wire.Place, ids, ids, st.lists(blocks, max_size=3).map(tuple), st.none() | requests),
+    wire.Run: st.builds(wire.Run, ids, st.lists(run_parts, max_size=4).map(tuple), encodings, encodings),
     Stop: st.builds(Stop),
     wire.LoadProgress: st.builds(wire.LoadProgress, numbers),
     wire.Ready: st.builds(wire.Ready, ids, ids, ids, ids, st.none() | layouts, text),
@@ -94,6 +98,8 @@ by_class: dict[type, st.SearchStrategy[Any]] = {
     wire.BlocksStored: st.builds(
         wire.BlocksStored, ids, st.lists(st.tuples(ids, st.binary(max_size=32)), max_size=3).map(tuple)
     ),
+    wire.Placed: st.builds(wire.Placed, ids, ids, ids, st.booleans(), text, text),
+    wire.Ran: st.builds(wire.Ran, ids, st.lists(tokens, max_size=4).map(tuple), numbers, text, text),
     Fault: st.builds(Fault, text, text),
     wire.StepOut: st.builds(
         wire.StepOut,
@@ -200,7 +206,7 @@ def test_unknown_fields_of_a_newer_peer_are_ignored(message: Message) -> None:
     if "stats" in fields:
         newer["stats"] = {**fields["stats"], "more": 1}
         newer["tokens"] = [[*token, "more"] for token in fields["tokens"]]
-    if "request" in fields:
+    if fields.get("request"):
         newer["request"] = {**fields["request"], "more": None}
     assert decode(bytes((VERSION,)) + msgspec.msgpack.encode(newer)) == message
 

@@ -131,13 +131,20 @@ class PrefixCache:
     def held(self, tokens: Sequence[int], salt: str) -> tuple[list[bytes], int]:
         """Keys of the full blocks of a prompt that can be used, and how many of them, from the first, are here."""
         keys = self._usable(tokens, salt)
+        return keys, self.held_keys(keys)
+
+    def held_keys(self, keys: Sequence[bytes]) -> int:
+        """How many blocks of a chain, from the first, are here."""
         with self._lock:
-            return keys, len(self._index.match(keys))
+            return len(self._index.match(keys))
 
     def lease(self, tokens: Sequence[int], salt: str) -> Lease:
         """The stored beginning of `tokens`, kept in place until released. At least one token is left to compute."""
+        return self.lease_keys(self._usable(tokens, salt), len(tokens))
+
+    def lease_keys(self, keys: Sequence[bytes], n_tokens: int) -> Lease:
+        """The stored beginning of a chain of blocks, which is that of `n_tokens` tokens, kept until released."""
         begun = time.perf_counter()
-        keys = self._usable(tokens, salt)
         with self._lock:
             blocks = self._index.match(keys)
             for number, block in enumerate(blocks):
@@ -153,7 +160,7 @@ class PrefixCache:
             self._arena.touch(blocks[-1].slot, tick)
         event = "prefix-cache HIT" if blocks else "prefix-cache MISS"
         found = len(blocks) * self._identity.block_tokens
-        diag(logger, event, tokens=found, of=len(tokens), ms=round(1000 * (time.perf_counter() - begun), 3))
+        diag(logger, event, tokens=found, of=n_tokens, ms=round(1000 * (time.perf_counter() - begun), 3))
         return Lease(refs, tuple(blocks), tuple(keys[: len(blocks)]))
 
     def release(self, lease: Lease, used_tokens: int | None = None) -> None:
@@ -184,12 +191,15 @@ class PrefixCache:
 
     def grant(self, tokens: Sequence[int], salt: str) -> Grant:
         """Reserve arena slots for the full blocks of `tokens` that are not stored."""
-        keys = self.keys(tokens, salt)
+        return self.grant_keys(self.keys(tokens, salt))
+
+    def grant_keys(self, keys: Sequence[bytes], *, exact: bool = True) -> Grant:
+        """Reserve arena slots for those blocks of a chain that are not stored. `exact`: nothing that they were computed
+        from was quantised, as far as the caller knows."""
         grants: list[tuple[int, int]] = []
         blocks: dict[int, Block] = {}
         with self._lock:
             parent = ROOT
-            exact = True
             for number, key in enumerate(keys):
                 exact = exact and key not in self._derived
                 known = self._index.get(key)

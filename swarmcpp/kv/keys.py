@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,10 @@ class KvIdentity:
         # Lengths in front: no two different lists of parts give the same bytes.
         encoded = [str(part).encode() for part in parts]
         return blake3(b"".join(len(part).to_bytes(8, "little") + part for part in encoded)).digest()
+
+    def arena_root(self, first: int, last: int) -> bytes:
+        """Whose arena it is that holds KV of layers [first, last) only, under keys of the whole model: 32 bytes."""
+        return blake3(b"swarmcpp stage arena 1" + self.root() + struct.pack("<II", first, last)).digest()
 
 
 def block_keys(root: bytes, tokens: Sequence[int], block_tokens: int) -> list[bytes]:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import llama_cpp.llama_cpp as c
 import numpy as np
-import numpy.typing as npt
 from gguf.quants import dequantize
 from llama_cpp._ggml import libggml
 
 from swarmcpp._native import LayerTap
-from swarmcpp.errors import BadModel, BadRequest, DecodeFailed
+from swarmcpp.core import SamplerLike
+from swarmcpp.errors import BadModel, BadRequest, DecodeFailed, SwarmError
+from swarmcpp.llama.backend import LlamaBackend
 from swarmcpp.llama.context import N_UBATCH, Batch, Context, ContextOptions, Model
+from swarmcpp.llama.rows import FloatRows, decode_rows, encode_rows
+from swarmcpp.llama.sampler import Sampler
 from swarmcpp.models.gguf_header import read_header
 from swarmcpp.models.inspect import inspect
 from swarmcpp.models.slicing import slice_of
-
-FloatRows = npt.NDArray[np.float32]
+from swarmcpp.wire import Buffer, RowEncoding, RunPart
 
 
 class EmbeddingTable:
@@ -80,6 +83,7 @@ class StageContext:
     def __init__(self, model: Model, options: ContextOptions, *, is_tail: bool) -> None:
         """Raises NotEnoughMemory. `is_tail`: the slice has the head (Slice.is_tail)."""
         self.n_embd = int(c.llama_model_n_embd(model.pointer))
+        self.is_tail = is_tail
         self._tap: LayerTap | None = None
         if not is_tail:
             self._tap = _tap(f"l_out-{c.llama_model_n_layer(model.pointer) - 1}")
@@ -128,6 +132,51 @@ class StageContext:
     def close(self) -> None:
         """Free the context."""
         self.context.close()
+
+
+class LlamaStage(LlamaBackend):
+    """A stage with its samplers and its KV behind slots: the real `engine.stageloop.StageBackend`."""
+
+    def __init__(self, model: Model, stage: StageContext, block_tokens: int = 0) -> None:
+        super().__init__(model, stage.context, block_tokens)
+        self._stage = stage
+        self.n_embd = stage.n_embd
+        self.is_tail = stage.is_tail
+
+    def compute(self, slots: Sequence[int], parts: Sequence[RunPart], rows: FloatRows) -> FloatRows:
+        """See `engine.stageloop.StageBackend`."""
+        ends = list(accumulate(part.count for part in parts))
+        places = [range(end - part.count, end) for end, part in zip(ends, parts, strict=True)]
+        # By slot, as a whole model has them: it is also what makes neighbours of neighbours.
+        order = sorted(range(len(parts)), key=slots.__getitem__)
+        batch = [
+            StageRows(slots[each], parts[each].start, rows[places[each].start : places[each].stop], parts[each].output)
+            for each in order
+        ]
+        hidden = self._stage.decode(batch)
+        if self.is_tail or order == list(range(len(parts))):
+            return hidden
+        restored = np.empty_like(hidden)
+        restored[[row for each in order for row in places[each]]] = hidden
+        return restored
+
+    def finite(self, slot: int) -> bool:
+        """See `engine.stageloop.StageBackend`."""
+        return bool(np.isfinite(self._stage.logits(slot)).all())
+
+    def sample(self, sampler: SamplerLike, slot: int) -> int:
+        """See `core.Backend`."""
+        if not isinstance(sampler, Sampler):
+            raise SwarmError(f"a {type(sampler).__name__} is not a sampler of this backend")
+        return sampler.sample(self._stage.context, self._stage.output_row(slot))
+
+    def encode(self, rows: FloatRows, encoding: RowEncoding) -> Buffer:
+        """See `rows.encode_rows`."""
+        return encode_rows(rows, encoding)
+
+    def decode_frame(self, frame: Buffer, n: int, encoding: RowEncoding) -> FloatRows:
+        """See `rows.decode_rows`."""
+        return decode_rows(frame, n, self.n_embd, encoding)
 
 
 class EmbeddingBatch(Batch):

@@ -17,8 +17,8 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from swarmcpp.errors import EngineFailed
-from swarmcpp.wire import MAX_FRAME, FromEngine, ToEngine, decode, encode
+from swarmcpp.errors import EngineFailed, WireError
+from swarmcpp.wire import MAX_FRAME, MAX_TENSOR, Buffer, FromEngine, ToEngine, decode, encode
 
 _HIGH_WATER = 10_000
 """Messages. Admission bounds what a node sends far below; an engine that far behind is not reading at all."""
@@ -46,6 +46,8 @@ class NodeLink:
     """The node's end, on its event loop."""
 
     def __init__(self) -> None:
+        self.frame: bytes | None = None
+        """Beside the message that `receive` returned last."""
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._context = zmq.asyncio.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
@@ -76,13 +78,15 @@ class NodeLink:
         return None
 
     async def receive(self) -> FromEngine:
-        """The engine's next message. Raises WireError on a frame that is none."""
-        return decode(await self._socket.recv())  # type: ignore[return-value]
+        """The engine's next message; `frame` is what came beside it. Raises WireError on a frame that is none."""
+        message, self.frame = _split(await self._socket.recv_multipart())
+        return decode(message)  # type: ignore[return-value]
 
-    def send(self, message: ToEngine) -> None:
-        """Queue a message. Raises EngineFailed when the engine has stopped reading."""
+    def send(self, message: ToEngine, frame: Buffer | None = None) -> None:
+        """Queue a message, with at most one frame beside it. Raises EngineFailed when the engine has stopped reading,
+        WireError for more than a message or a frame may have."""
         # The future is done at once: pyzmq tries to send before it queues, and NOBLOCK forbids queueing.
-        sent = self._socket.send(encode(message), zmq.NOBLOCK)
+        sent = self._socket.send_multipart(_join(encode(message), frame), zmq.NOBLOCK)
         if isinstance(sent, asyncio.Future) and sent.done() and isinstance(sent.exception(), zmq.Again):
             raise EngineFailed("the engine does not read its messages")
 
@@ -95,9 +99,10 @@ class NodeLink:
 
 
 class WorkerLink:
-    """The engine's end. Satisfies `wire.EngineLink`."""
+    """The engine's end. Satisfies `wire.EngineLink` and `wire.StageLink`."""
 
     def __init__(self, ticket: Ticket) -> None:
+        self.frame: bytes | None = None
         self._context: zmq.Context[Any] = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
         _configure(self._socket)
@@ -112,11 +117,12 @@ class WorkerLink:
         """See `wire.EngineLink`."""
         if not self._socket.poll(int(timeout_s * 1000)):
             return None
-        return decode(self._socket.recv(zmq.NOBLOCK))  # type: ignore[return-value]
+        message, self.frame = _split(self._socket.recv_multipart(zmq.NOBLOCK))
+        return decode(message)  # type: ignore[return-value]
 
-    def send(self, message: FromEngine) -> None:
-        """See `wire.EngineLink`."""
-        self._socket.send(encode(message))
+    def send(self, message: FromEngine, frame: Buffer | None = None) -> None:
+        """See `wire.StageLink`."""
+        self._socket.send_multipart(_join(encode(message), frame))
 
     def close(self) -> None:
         """Close after what was sent has left, within a second."""
@@ -124,7 +130,22 @@ class WorkerLink:
         self._context.term()
 
 
+def _split(frames: list[bytes]) -> tuple[bytes, bytes | None]:
+    if len(frames) > 2:
+        raise WireError(f"{len(frames)} frames where a message and one beside it are the most")
+    return frames[0], frames[1] if len(frames) == 2 else None
+
+
+def _join(message: bytes, frame: Buffer | None) -> list[Buffer]:
+    if frame is None:
+        return [message]
+    size = memoryview(frame).nbytes
+    if size > MAX_TENSOR:
+        raise WireError(f"{size} bytes beside a message, where {MAX_TENSOR} are the limit; send fewer rows")
+    return [message, frame]
+
+
 def _configure(socket: Any) -> None:
     socket.linger = 0
     socket.sndhwm = socket.rcvhwm = _HIGH_WATER
-    socket.maxmsgsize = MAX_FRAME + _CURVE_OVERHEAD
+    socket.maxmsgsize = max(MAX_FRAME, MAX_TENSOR) + _CURVE_OVERHEAD

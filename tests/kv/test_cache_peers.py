@@ -550,3 +550,33 @@ def test_a_payload_under_way_when_the_arena_closes_reaches_no_other_file(
     rig.cache._arena.write(0, bytes(BLOCK_BYTES))
     assert other.stat().st_size == 0
     os.close(opened[0])
+
+
+# -- by keys ---------------------------------------------------------------------------------------------------------
+
+
+def test_who_has_only_keys_gets_what_tokens_get(rig: Rig) -> None:
+    tokens = A + C
+    keys = rig.cache.keys(tokens, "")
+    rig.store(A)
+    assert rig.cache.held_keys(keys) == 3
+    lease = rig.cache.lease_keys(keys, len(tokens))
+    by_tokens = rig.cache.lease(tokens, "")
+    assert lease.refs == by_tokens.refs
+    rig.cache.release(lease)
+    rig.cache.release(by_tokens)
+    grant = rig.cache.grant_keys(keys)
+    assert [number for number, _ in grant.grants] == [3, 4]
+    assert rig.cache.enter(grant, rig.payloads(tokens, grant)) == 2
+    assert rig.cache.held_keys(keys) == 5
+    assert rig.cache.held_keys(keys[1:2]) == 1
+    assert set(rig.cache.all_keys()) == set(keys)
+
+
+def test_what_was_computed_from_quantised_rows_is_inexact(rig: Rig) -> None:
+    keys = rig.cache.keys(A + C, "")
+    rig.store(A)
+    grant = rig.cache.grant_keys(keys, exact=False)
+    assert rig.cache.enter(grant, rig.payloads(A + C, grant)) == 2
+    assert rig.cache.held_keys(keys) == 5
+    assert set(rig.cache.all_keys()) == set(keys[:3])

@@ -98,3 +98,12 @@ def test_fields_cannot_be_shifted_into_one_another() -> None:
     assert replace(IDENTITY, rope="ab").root() != replace(IDENTITY, rope="a", lora=("b",)).root()
     assert replace(IDENTITY, lora=("ab",)).root() != replace(IDENTITY, lora=("a", "b")).root()
     assert replace(IDENTITY, lora=("salt",)).root() != IDENTITY.root("salt")
+
+
+def test_every_range_of_layers_has_an_arena_of_its_own() -> None:
+    """The blocks in it have the keys of the whole model, so nothing but the file tells them apart."""
+    arenas = [IDENTITY.arena_root(first, last) for first, last in ((0, 2), (2, 4), (0, 4), (0, 3), (1, 2))]
+    arenas += [replace(IDENTITY, block_tokens=128).arena_root(0, 2), IDENTITY.root()]
+    assert len(set(arenas)) == 7
+    assert {len(arena) for arena in arenas} == {32}
+    assert IDENTITY.arena_root(0, 2) == arenas[0]

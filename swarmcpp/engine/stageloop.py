@@ -1,0 +1,328 @@
+"""The loop of a stage's engine: it computes the Runs that its node sends, in their order, and decides nothing.
+
+Single-threaded and synchronous, like engine/loop.py. What is asked for wrongly is answered with a code and hurts no
+other sequence.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from swarmcpp.core import BlockRef, Clock, GenerateRequest, SamplerLike
+from swarmcpp.errors import DecodeFailed, QueueFull, StageLost, SwarmError, WireError
+from swarmcpp.telemetry import diag
+from swarmcpp.wire import (
+    BlocksStored,
+    Buffer,
+    Cancel,
+    Place,
+    Placed,
+    Ran,
+    RowEncoding,
+    Run,
+    RunPart,
+    StageLink,
+    Stop,
+    StoreBlocks,
+    ToEngine,
+    UseArena,
+)
+
+logger = logging.getLogger(__name__)
+
+FloatRows = npt.NDArray[np.float32]
+
+IDLE_POLL_S = 5.0
+"""How long an idle engine sleeps in its inbox before it checks its invariants again."""
+
+WORTH_A_MOVE = 16
+"""Single rows that a sequence must have had for a move to pay: how many are to come nobody tells a stage, but as many
+as there were is a fair guess."""
+
+MAX_FAILURES = 3
+"""Calls of llama.cpp that fail one after another before its context is given up, and the engine with it."""
+
+
+class StageBackend(Protocol):
+    """One slice with its context, as the loop drives it; what `core.Backend` has by the same name is the same. Used by
+    one thread."""
+
+    n_slots: int
+    n_ctx: int
+    max_rows: int
+    n_embd: int
+    is_tail: bool
+
+    def compute(self, slots: Sequence[int], parts: Sequence[RunPart], rows: FloatRows) -> FloatRows:
+        """Compute rows, which must continue the KV of the slots. What comes out, shape (rows of all parts, n_embd), in
+        the order of what goes in; at the tail none.
+
+        Raises DecodeFailed: truncate before going on.
+        """
+        ...
+
+    def finite(self, slot: int) -> bool:
+        """Whether all logits after the last row of `slot` are finite. Tail only."""
+        ...
+
+    def encode(self, rows: FloatRows, encoding: RowEncoding) -> Buffer:
+        """See llama/rows.py. Raises WireError."""
+        ...
+
+    def decode_frame(self, frame: Buffer, n: int, encoding: RowEncoding) -> FloatRows:
+        """See llama/rows.py. Raises WireError."""
+        ...
+
+    def sampler(self, request: GenerateRequest) -> SamplerLike: ...
+
+    def sample(self, sampler: SamplerLike, slot: int) -> int: ...
+
+    def truncate(self, slot: int, n_past: int) -> None: ...
+
+    def length(self, slot: int) -> int: ...
+
+    def copy_prefix(self, source: int, target: int, n_tokens: int) -> None: ...
+
+    def load_blocks(self, slot: int, blocks: Sequence[BlockRef]) -> int: ...
+
+    def store_blocks(self, slot: int, grants: Sequence[tuple[int, int]]) -> list[tuple[int, bytes]]: ...
+
+
+@dataclass(slots=True)
+class Opened:
+    """A head's sequence. `length` tokens are in the KV of `slot`."""
+
+    slot: int
+    length: int = 0
+    single_rows: int = 0
+    sampler: SamplerLike | None = None
+
+
+class StageLoop:
+    """Owner of a stage's sequences. `block_tokens` 0: its KV can neither be stored nor moved."""
+
+    def __init__(self, backend: StageBackend, link: StageLink, clock: Clock, *, block_tokens: int = 0) -> None:
+        self._backend = backend
+        self._link = link
+        self._clock = clock
+        self._block_tokens = block_tokens
+        self._sequences: dict[int, Opened] = {}
+        """By serial."""
+        self._arena = False
+        self._failures = 0
+        self.on_arena: Callable[[UseArena], None] = lambda _message: None
+        """Opens the node's arena for the backend; raises OSError when it cannot."""
+        self.stopped = False
+
+    def serve(self) -> None:
+        """Work until Stop arrives. Raises DecodeFailed when the context seems to be of no more use."""
+        while not self.stopped:
+            message = self._link.receive(IDLE_POLL_S)
+            if message is None:
+                self.check_integrity()
+            else:
+                self.handle(message, self._link.frame)
+
+    def handle(self, message: ToEngine, frame: Buffer | None = None) -> None:
+        """Apply one message from the node."""
+        match message:
+            case Run():
+                self._answer_run(message, frame)
+            case Place():
+                self._answer_place(message)
+            case StoreBlocks():
+                self._store(message)
+            case Cancel(serial=serial):
+                self._free(serial)
+            case UseArena():
+                self._open_arena(message)
+            case Stop():
+                self.stopped = True
+            case _:
+                logger.warning("ignoring a %s message at a stage", type(message).__name__)
+
+    # -- sequences -----------------------------------------------------------------------------------------------
+
+    def _answer_place(self, message: Place) -> None:
+        try:
+            self._link.send(self._place(message))
+        except (QueueFull, WireError) as error:
+            self._free(message.serial)
+            self._link.send(Placed(serial=message.serial, code=error.code, message=str(error)))
+
+    def _place(self, message: Place) -> Placed:
+        request, n_ctx = message.request, self._backend.n_ctx
+        used = max(message.tokens, len(request.prompt) + len(request.generated) if request else 0)
+        if message.tokens < 0 or used >= n_ctx:
+            raise WireError(f"{used} tokens do not fit into a sequence of {n_ctx} with an answer")
+        found = self._sequences.get(message.serial)
+        if found is None:
+            found = self._sequences[message.serial] = Opened(self._free_slot())
+        loaded, bad = 0, False
+        if found.length < message.tokens:
+            # Blocks that cannot be reached are not damaged, which loading them in vain would say.
+            blocks = message.blocks if self._arena else ()
+            loaded = self._backend.load_blocks(found.slot, blocks) if blocks else 0
+            bad = loaded < len(blocks)
+            # Without blocks what it has is still a beginning.
+            found.length = loaded * self._block_tokens if blocks else found.length
+        self._cut(found, min(found.length, message.tokens))
+        self._close_sampler(found)
+        if request and self._backend.is_tail:
+            found.sampler = self._backend.sampler(request)
+        return Placed(serial=message.serial, tokens=found.length, blocks=loaded, bad_blocks=bad)
+
+    def _free_slot(self) -> int:
+        taken = {sequence.slot for sequence in self._sequences.values()}
+        for slot in range(self._backend.n_slots):
+            if slot not in taken:
+                return slot
+        raise QueueFull(f"all {self._backend.n_slots} sequences of this stage are in use", retry_after=1.0)
+
+    def _free(self, serial: int) -> None:
+        sequence = self._sequences.pop(serial, None)
+        if sequence:
+            self._close_sampler(sequence)
+            self._cut(sequence, 0)
+
+    def _close_sampler(self, sequence: Opened) -> None:
+        if sequence.sampler:
+            sequence.sampler.close()
+            sequence.sampler = None
+
+    def _cut(self, sequence: Opened, length: int) -> None:
+        self._backend.truncate(sequence.slot, length)
+        sequence.length = length
+
+    def _close_gap(self, sequences: Sequence[Opened]) -> None:
+        """Move the last of some decoding sequences into a free slot between them.
+
+        llama.cpp computes only neighbouring streams together: every gap reads the weights once more in every call,
+        while a move costs a few milliseconds once.
+        """
+        last = max(sequences, key=lambda sequence: sequence.slot)
+        first = min(sequence.slot for sequence in sequences)
+        gaps = set(range(first, last.slot)) - {sequence.slot for sequence in self._sequences.values()}
+        if not gaps or not self._block_tokens or last.single_rows < WORTH_A_MOVE:
+            return
+        target = min(gaps)
+        self._backend.copy_prefix(last.slot, target, last.length)
+        self._backend.truncate(last.slot, 0)
+        last.slot = target
+
+    # -- runs ----------------------------------------------------------------------------------------------------
+
+    def _answer_run(self, message: Run, frame: Buffer | None) -> None:
+        begun = self._clock()
+        try:
+            ids, rows = self._run(message, frame)
+        except (StageLost, WireError, DecodeFailed) as error:
+            self._link.send(Ran(run=message.run, code=error.code, message=str(error)))
+            if self._failures >= MAX_FAILURES:
+                raise
+            return
+        seconds = self._clock() - begun
+        count = sum(part.count for part in message.parts)
+        diag(logger, "stage pass", rows=count, parts=len(message.parts), ms=round(1000 * seconds, 3))
+        self._link.send(Ran(run=message.run, ids=ids, seconds=seconds), rows)
+
+    def _run(self, message: Run, frame: Buffer | None) -> tuple[tuple[int, ...], Buffer | None]:
+        """Token ids, or the frame of rows that goes on."""
+        sequences = self._check(message.parts)
+        count = sum(part.count for part in message.parts)
+        rows = self._backend.decode_frame(b"" if frame is None else frame, count, message.encoding)
+        for part, sequence in zip(message.parts, sequences, strict=True):
+            self._cut(sequence, part.start)
+        singles = [s for part, s in zip(message.parts, sequences, strict=True) if part.count == 1]
+        if len(singles) > 1:
+            self._close_gap(singles)
+        slots = [sequence.slot for sequence in sequences]
+        try:
+            hidden = self._compute(slots, message.parts, rows)
+            ids, out = self._outcome(message, sequences, hidden)
+        except (DecodeFailed, WireError):
+            for part, sequence in zip(message.parts, sequences, strict=True):
+                self._cut(sequence, part.start)
+            raise
+        for part, sequence in zip(message.parts, sequences, strict=True):
+            sequence.length += part.count
+            sequence.single_rows += part.count == 1
+        return ids, out
+
+    def _check(self, parts: Sequence[RunPart]) -> list[Opened]:
+        """The sequences of the parts of a Run. Raises StageLost and WireError for what cannot be computed."""
+        rows = sum(part.count for part in parts)
+        if not 0 < rows <= self._backend.max_rows or any(part.count < 1 for part in parts):
+            raise WireError(
+                f"{rows} rows in {len(parts)} parts; a pass has 1 to {self._backend.max_rows}, no part none"
+            )
+        if len({part.serial for part in parts}) < len(parts):
+            raise WireError("two parts of one sequence in a pass")
+        found: list[Opened] = []
+        for part in parts:
+            sequence = self._sequences.get(part.serial)
+            if sequence is None or part.start > sequence.length:
+                length = sequence.length if sequence else 0
+                raise StageLost(f"rows from position {part.start} of a sequence with {length} tokens; open it again")
+            if not 0 <= part.start <= self._backend.n_ctx - part.count:
+                raise WireError(
+                    f"{part.count} rows from position {part.start}, where a sequence holds {self._backend.n_ctx}"
+                )
+            if part.output and self._backend.is_tail and sequence.sampler is None:
+                raise WireError("a token is wanted of a sequence that was opened without its request")
+            found.append(sequence)
+        return found
+
+    def _compute(self, slots: Sequence[int], parts: Sequence[RunPart], rows: FloatRows) -> FloatRows:
+        try:
+            hidden = self._backend.compute(slots, parts, rows)
+        except DecodeFailed:
+            self._failures += 1
+            raise
+        self._failures = 0
+        return hidden
+
+    def _outcome(
+        self, message: Run, sequences: Sequence[Opened], hidden: FloatRows
+    ) -> tuple[tuple[int, ...], Buffer | None]:
+        if not self._backend.is_tail:
+            if not np.isfinite(hidden).all():
+                raise DecodeFailed("values that are not finite came out of this stage")
+            return (), self._backend.encode(hidden, message.reply)
+        asked = [sequence for part, sequence in zip(message.parts, sequences, strict=True) if part.output]
+        # Before anything is drawn: a pass that failed has not moved anybody's random numbers.
+        if not all(self._backend.finite(sequence.slot) for sequence in asked):
+            raise DecodeFailed("logits that are not finite came out of the last stage")
+        return tuple(self._backend.sample(s.sampler, s.slot) for s in asked if s.sampler), None
+
+    # -- blocks --------------------------------------------------------------------------------------------------
+
+    def _open_arena(self, message: UseArena) -> None:
+        try:
+            self.on_arena(message)
+        except OSError as error:
+            logger.warning("%s: the engine cannot open the arena: %s", message.path, error)
+        else:
+            self._arena = True
+
+    def _store(self, message: StoreBlocks) -> None:
+        """Write the granted blocks as far as the sequence holds them."""
+        sequence = self._sequences.get(message.serial)
+        full = sequence.length // self._block_tokens if sequence and self._block_tokens else 0
+        grants = [(number, slot) for number, slot in message.grants if 0 <= number < full]
+        written = self._backend.store_blocks(sequence.slot, grants) if sequence and grants else []
+        self._link.send(BlocksStored(serial=message.serial, written=tuple(written)))
+
+    def check_integrity(self) -> None:
+        """Compare every sequence's books with llama.cpp's. Raises SwarmError when they differ."""
+        books = {sequence.slot: sequence.length for sequence in self._sequences.values()}
+        for slot in range(self._backend.n_slots):
+            held = self._backend.length(slot)
+            if held != books.get(slot, 0):
+                raise SwarmError(f"slot {slot} holds {held} tokens in llama.cpp and {books.get(slot, 0)} in its books")

@@ -1,0 +1,93 @@
+"""What a node writes down of a stage: the sequences that are open there, and the answers that its engine owes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+from swarmcpp.core import GenerateRequest
+from swarmcpp.kv.cache import Lease
+
+Item = TypeVar("Item")
+
+
+class Computed(NamedTuple):
+    """What one stage made of a pass: an id for each part with `output` at a tail, a frame of rows elsewhere; seconds of
+    its call, and of waiting for it."""
+
+    ids: tuple[int, ...]
+    rows: bytes | None
+    compute_s: float
+    queue_s: float
+
+
+@dataclass(slots=True, eq=False)
+class Opened:
+    """A sequence. `offered` tokens may be resumed; `length`, or fewer while a pass is under way, are in its KV."""
+
+    name: bytes
+    serial: int
+    last_used: float
+    epoch: int = 0
+    keys: tuple[bytes, ...] = ()
+    request: GenerateRequest | None = None
+    offered: int = 0
+    length: int = 0
+    lease: Lease | None = None
+    placed: bool = False
+    """Resumed in this epoch."""
+    exact: bool = True
+    """No quantised rows have come into it."""
+    under_way: int = 0
+
+
+@dataclass(slots=True)
+class Placing:
+    """A Place that waits for its answer. The lease keeps its blocks where they are until then."""
+
+    opened: Opened
+    lease: Lease | None
+    future: asyncio.Future[int]
+
+
+@dataclass(slots=True)
+class Pass:
+    """A Run that waits for its answer; `spans` are (sequence, start, count)."""
+
+    spans: list[tuple[Opened, int, int]]
+    n_bytes: int
+    begun: float
+    future: asyncio.Future[Computed]
+
+
+@dataclass(slots=True)
+class Waiting:
+    """All that one engine process owes an answer for; by run, or by serial in the order of the messages."""
+
+    passes: dict[int, Pass] = field(default_factory=dict)
+    placing: dict[int, deque[Placing]] = field(default_factory=dict)
+    storing: dict[int, deque[asyncio.Future[None]]] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Answers that are owed."""
+        return len(self.passes) + sum(map(len, self.placing.values())) + sum(map(len, self.storing.values()))
+
+    def futures(self) -> list[asyncio.Future[Any]]:
+        """Those who wait for them."""
+        placing = [each.future for queue in self.placing.values() for each in queue]
+        storing = [future for queue in self.storing.values() for future in queue]
+        return [*(each.future for each in self.passes.values()), *placing, *storing]
+
+
+def next_of(queues: dict[int, deque[Item]], serial: int) -> Item | None:
+    """The first that waits under a serial, taken out."""
+    queue = queues.get(serial)
+    if not queue:
+        return None
+    found = queue.popleft()
+    if not queue:
+        del queues[serial]
+    return found

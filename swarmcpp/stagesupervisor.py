@@ -1,0 +1,334 @@
+"""A node's side of one stage's engine: the sequences that heads have opened there, by name and epoch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Unpack
+
+from swarmcpp.core import Clock, GenerateRequest
+from swarmcpp.engineprocess import EngineProcess, ProcessOptions
+from swarmcpp.errors import EngineFailed, NotReady, QueueFull, StageLost, SwarmError, WireError, revive
+from swarmcpp.incarnation import Incarnation
+from swarmcpp.kv.keys import KEY_BYTES
+from swarmcpp.stagebooks import Computed, Opened, Pass, Placing, Waiting, next_of
+from swarmcpp.stages import SEQUENCE_BYTES, SequencePart
+from swarmcpp.wire import (
+    BlocksStored,
+    Buffer,
+    Cancel,
+    EngineOptions,
+    FromEngine,
+    Place,
+    Placed,
+    Ran,
+    RowEncoding,
+    Run,
+    RunPart,
+    ToEngine,
+)
+
+IDLE_S = 120.0
+"""A sequence that was not used for so long is closed: its head is gone."""
+
+MAX_UNDER_WAY = 1024
+"""Messages that the engine may still have to answer: more than any number of heads has a use for, and far below what
+the link to the engine holds."""
+
+MAX_BYTES_UNDER_WAY = 256 << 20
+"""Of rows in such messages: 32 full passes of the widest common models."""
+
+
+class StageSupervisor(EngineProcess):
+    """Keeps the engine of one stage alive, and the books of its sequences. Every method runs on the event loop of
+    `start`.
+
+    Answers as `stages.StageCaller` does, for this stage alone. A sequence is used thus: `open`, then `resume` (also
+    with 0 tokens, also when it was open before), then any number of `run` and `store`, then `close_sequence`. When the
+    engine dies all sequences are forgotten, and what waits fails with StageLost (EngineFailed, once it is given up).
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        *,
+        on_pass: Callable[[int, float], None] = lambda _rows, _seconds: None,
+        clock: Clock = time.monotonic,
+        **how: Unpack[ProcessOptions],
+    ) -> None:
+        """`options.stage` must be set. `on_pass` is told rows and seconds of every call of the engine."""
+        super().__init__(options, **how)
+        self._on_pass = on_pass
+        self._clock = clock
+        self._sequences: dict[bytes, Opened] = {}
+        self._waiting = Waiting()
+        self._runs = 0
+
+    @property
+    def slots(self) -> int:
+        """Sequences that can be open at one time."""
+        return self.status.slots or self._options.slots
+
+    @property
+    def free(self) -> int:
+        """Sequences that can be opened now; those that are idle for IDLE_S count as free."""
+        return self.slots - sum(not self._is_idle(opened) for opened in self._sequences.values())
+
+    # -- what heads ask --------------------------------------------------------------------------------------------
+
+    async def open(
+        self, sequence: bytes, epoch: int, keys: Sequence[bytes], request: GenerateRequest | None, n_tokens: int
+    ) -> int:
+        """See `stages.StageCaller`. Raises QueueFull, NotReady, EngineFailed, StageLost (a later epoch is open), and
+        WireError for more than a sequence holds. A `request` must have been checked (see `swarm.remote`)."""
+        self._engine()
+        self._check_open(sequence, keys, n_tokens)
+        self._sweep()
+        opened = self._sequences.get(sequence)
+        if opened is None:
+            if len(self._sequences) >= self.slots:
+                raise QueueFull(f"all {self.slots} sequences of this stage are in use; try again later", retry_after=1)
+            self._serial += 1
+            opened = self._sequences[sequence] = Opened(sequence, self._serial, self._clock())
+        elif epoch < opened.epoch:
+            raise StageLost(f"epoch {epoch} of a sequence that is open in epoch {opened.epoch}")
+        self._end_lease(opened)
+        opened.epoch, opened.request, opened.placed = epoch, request, False
+        opened.keys, opened.last_used = tuple(keys), self._clock()
+        held = 0
+        if self.cache:
+            opened.lease = self.cache.lease_keys(opened.keys, n_tokens)
+            held = len(opened.lease.refs) * self._options.prefix_block_tokens
+        # The logits after the last token are wanted, so that one is computed.
+        opened.offered = min(max(opened.length, held), n_tokens - 1)
+        return opened.offered
+
+    async def resume(self, sequence: bytes, epoch: int, n_tokens: int) -> int:
+        """See `stages.StageCaller`; at most what `open` answered. Raises StageLost, QueueFull, EngineFailed,
+        WireError."""
+        opened = self._find(sequence, epoch)
+        if not 0 <= n_tokens <= opened.offered:
+            raise WireError(f"{n_tokens} tokens to resume where {opened.offered} were offered")
+        self._check_room(0)
+        lease = None
+        if self.cache and n_tokens:
+            # As many as are read and no more: what is told of them later is told of the last one.
+            count = -(-n_tokens // self._options.prefix_block_tokens)
+            lease = self.cache.lease_keys(opened.keys[:count], n_tokens)
+        self._end_lease(opened)
+        refs = lease.refs if lease else ()
+        try:
+            self._send(Place(serial=opened.serial, tokens=n_tokens, blocks=refs, request=opened.request))
+        except SwarmError:
+            if lease and self.cache:
+                self.cache.release(lease)
+            raise
+        placing = Placing(opened, lease, asyncio.get_running_loop().create_future())
+        self._waiting.placing.setdefault(opened.serial, deque()).append(placing)
+        opened.placed = True
+        return await placing.future
+
+    async def run(
+        self, parts: Sequence[SequencePart], encoding: RowEncoding, rows: Buffer, reply: RowEncoding
+    ) -> Computed:
+        """Compute rows of all parts here; those that come out are encoded as `reply`.
+
+        Reaches the engine in the order of the calls; any number may be under way. Raises StageLost, WireError,
+        QueueFull (too much under way), DecodeFailed (values that are not finite came out), EngineFailed.
+        """
+        spans = [(self._find(part.sequence, part.epoch), part.start, part.count) for part in parts]
+        if not all(opened.placed for opened, _, _ in spans):
+            raise StageLost("a sequence that was opened and not resumed; resume it first")
+        n_bytes = memoryview(rows).nbytes
+        self._check_room(n_bytes)
+        wanted = tuple(
+            RunPart(opened.serial, start, count, part.output)
+            for (opened, start, count), part in zip(spans, parts, strict=True)
+        )
+        self._runs += 1
+        run = self._runs
+        self._send(Run(run=run, parts=wanted, encoding=encoding, reply=reply), rows)
+        future: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
+        self._waiting.passes[run] = Pass(spans, n_bytes, self._clock(), future)
+        for opened, start, _ in spans:
+            opened.under_way += 1
+            opened.length = min(opened.length, start)
+            opened.exact = opened.exact and encoding == "f32"
+        return await future
+
+    async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:
+        """See `stages.StageCaller`. Returns when the blocks are there. Raises StageLost, QueueFull, EngineFailed,
+        WireError."""
+        opened = self._find(sequence, epoch)
+        self._check_keys(keys)
+        if self.cache is None:
+            return
+        self._check_room(0)
+        incarnation = self._engine()
+        full = opened.length // self._options.prefix_block_tokens
+        grant = self.cache.grant_keys(keys[:full], exact=opened.exact)
+        if not grant.grants:
+            return
+        try:
+            self._grant(incarnation, opened.serial, grant)
+        except EngineFailed as error:
+            raise self._deaf() from error
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.storing.setdefault(opened.serial, deque()).append(future)
+        await future
+
+    async def close_sequence(self, sequence: bytes) -> None:
+        """Give the sequence back. Unknown ones are ignored."""
+        opened = self._sequences.get(sequence)
+        if opened:
+            self._close(opened)
+
+    # -- sequences -------------------------------------------------------------------------------------------------
+
+    def _engine(self) -> Incarnation:
+        if self._incarnation and self.status.state == "ready":
+            return self._incarnation
+        detail = self.status.detail or "the engine of this stage is starting"
+        raise EngineFailed(detail) if self.status.state == "failed" else NotReady(detail)
+
+    def _find(self, sequence: bytes, epoch: int) -> Opened:
+        opened = self._sequences.get(sequence)
+        if opened is None or opened.epoch != epoch:
+            state = f"open in epoch {opened.epoch}" if opened else "not open here"
+            raise StageLost(f"a sequence that is {state} was asked for in epoch {epoch}; open it again")
+        opened.last_used = self._clock()
+        return opened
+
+    def _check_open(self, sequence: bytes, keys: Sequence[bytes], n_tokens: int) -> None:
+        if len(sequence) != SEQUENCE_BYTES:
+            raise WireError(f"a sequence's name of {len(sequence)} bytes, not {SEQUENCE_BYTES}")
+        if not 0 < n_tokens < self.status.ctx_size:
+            raise WireError(f"{n_tokens} tokens do not fit into a sequence of {self.status.ctx_size} with an answer")
+        self._check_keys(keys)
+
+    def _check_keys(self, keys: Sequence[bytes]) -> None:
+        most = self.status.ctx_size // max(1, self._options.prefix_block_tokens)
+        if len(keys) > most or any(len(key) != KEY_BYTES for key in keys):
+            raise WireError(f"{len(keys)} keys of blocks; at most {most} of {KEY_BYTES} bytes each are right")
+
+    def _check_room(self, n_bytes: int) -> None:
+        total = n_bytes + sum(each.n_bytes for each in self._waiting.passes.values())
+        if self._waiting.count >= MAX_UNDER_WAY or total > MAX_BYTES_UNDER_WAY:
+            raise QueueFull(
+                f"{self._waiting.count} messages with {total} bytes of rows wait for this stage, where {MAX_UNDER_WAY} "
+                f"and {MAX_BYTES_UNDER_WAY} are the limits; send fewer at a time",
+                retry_after=1,
+            )
+
+    def _is_idle(self, opened: Opened) -> bool:
+        return not opened.under_way and self._clock() - opened.last_used >= IDLE_S
+
+    def _sweep(self) -> None:
+        for opened in list(self._sequences.values()):
+            if self._is_idle(opened):
+                self._close(opened)
+
+    def _close(self, opened: Opened) -> None:
+        self._end_lease(opened)
+        if self._sequences.get(opened.name) is opened:
+            del self._sequences[opened.name]
+        with contextlib.suppress(StageLost, NotReady, EngineFailed):
+            self._send(Cancel(serial=opened.serial))
+
+    def _end_lease(self, opened: Opened) -> None:
+        if opened.lease and self.cache:
+            self.cache.release(opened.lease)
+        opened.lease = None
+
+    def _send(self, message: ToEngine, frame: Buffer | None = None) -> None:
+        incarnation = self._engine()
+        try:
+            incarnation.link.send(message, frame)
+        except EngineFailed as error:
+            raise self._deaf() from error
+
+    def _deaf(self) -> StageLost:
+        """The engine has just died, which is noticed a moment later, or reads no more."""
+        if self._incarnation:
+            with contextlib.suppress(ProcessLookupError):
+                self._incarnation.process.kill()
+        return StageLost("the engine of this stage does not read its messages; open the sequence again")
+
+    # -- messages --------------------------------------------------------------------------------------------------
+
+    def _handle(self, incarnation: Incarnation, message: FromEngine) -> None:
+        match message:
+            case Ran():
+                self._on_ran(message, incarnation.link.frame)
+            case Placed():
+                self._on_placed(message)
+            case BlocksStored():
+                self._enter(incarnation, message)
+                future = next_of(self._waiting.storing, message.serial)
+                if future and not future.done():
+                    future.set_result(None)
+
+    def _on_ran(self, ran: Ran, frame: bytes | None) -> None:
+        found = self._waiting.passes.pop(ran.run, None)
+        if found is None:
+            return
+        now = self._clock()
+        for opened, start, count in found.spans:
+            opened.under_way -= 1
+            opened.last_used = now
+            opened.length = min(opened.length, start) if ran.code else start + count
+        if not ran.code:
+            self._deaths = 0
+            self._on_pass(sum(count for _, _, count in found.spans), ran.seconds)
+        if found.future.done():
+            return
+        if ran.code:
+            found.future.set_exception(revive(ran.code, ran.message))
+        else:
+            waited = max(0.0, now - found.begun - ran.seconds)
+            found.future.set_result(Computed(ran.ids, frame, ran.seconds, waited))
+
+    def _on_placed(self, placed: Placed) -> None:
+        found = next_of(self._waiting.placing, placed.serial)
+        if found is None:
+            return
+        opened = found.opened
+        if found.lease and self.cache:
+            told = placed.blocks or placed.bad_blocks
+            used = placed.blocks * self._options.prefix_block_tokens if told else None
+            self.cache.release(found.lease, used)
+        opened.length = placed.tokens
+        if placed.code:
+            self._close(opened)
+        if found.future.done():
+            return
+        if placed.code:
+            found.future.set_exception(revive(placed.code, placed.message))
+        else:
+            found.future.set_result(placed.tokens)
+
+    # -- deaths ----------------------------------------------------------------------------------------------------
+
+    def _serve(self, incarnation: Incarnation) -> None:
+        """Nothing waits: whoever had a sequence opens it again."""
+
+    def _gone(self) -> None:
+        for opened in self._sequences.values():
+            self._end_lease(opened)
+        self._sequences.clear()
+        for placing in (each for queue in self._waiting.placing.values() for each in queue):
+            if placing.lease and self.cache:
+                self.cache.release(placing.lease)
+                placing.lease = None
+
+    def _count_death(self, limit: int, reason: str) -> None:
+        self._fail_all(StageLost(f"the engine of this stage died ({reason}); open the sequence again"))
+
+    def _fail_all(self, error: SwarmError) -> None:
+        waiting, self._waiting = self._waiting, Waiting()
+        for future in waiting.futures():
+            if not future.done():
+                future.set_exception(error)

@@ -1,0 +1,308 @@
+"""The loop of a stage, on real slices: a chain of them says what the whole model says, and wrong asks hurt nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_support import GREEDY, prompt_of, request
+from stage_support import N_EMBD, N_LAYERS, N_VOCAB, OPTIONS, Chain, Stage, resumed, stage_model
+
+from swarmcpp.core import BlockRef, GenerateRequest, Rows, SamplingParams
+from swarmcpp.errors import DecodeFailed
+from swarmcpp.kv.arena import ArenaFile, ArenaGeometry
+from swarmcpp.llama.backend import LlamaBackend
+from swarmcpp.llama.context import Context, Model
+from swarmcpp.wire import BlocksStored, Cancel, Place, Placed, Ran, Run, RunPart, Stop, StoreBlocks, UseArena
+
+STEPS = 50
+SAMPLED = SamplingParams(temperature=1.2, seed=7, repeat_penalty=1.1)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stage_model(tmp_path_factory.mktemp("stageloop"))
+
+
+@pytest.fixture(scope="module")
+def whole(path: Path) -> Iterator[LlamaBackend]:
+    model = Model(path, use_extra_bufts=False)
+    context = Context(model, OPTIONS)
+    yield LlamaBackend(model, context)
+    context.close()
+    model.close()
+
+
+@pytest.fixture
+def chain(path: Path) -> Iterator[Chain]:
+    chain = Chain(path)
+    yield chain
+    chain.close()
+
+
+@pytest.fixture
+def first(path: Path) -> Iterator[Stage]:
+    stage = Stage(path, 0, 2)
+    yield stage
+    stage.close()
+
+
+@pytest.fixture
+def tail(path: Path) -> Iterator[Stage]:
+    stage = Stage(path, 2, N_LAYERS)
+    yield stage
+    stage.close()
+
+
+def prompts(count: int) -> dict[int, GenerateRequest]:
+    return {serial: request(prompt_of(9 + 3 * serial, serial, N_VOCAB), STEPS) for serial in range(1, count + 1)}
+
+
+def alone(whole: LlamaBackend, asked: GenerateRequest, steps: int = STEPS) -> list[int]:
+    """What the whole model says, in a slot of its own, computed as a head has it computed."""
+    whole.truncate(0, 0)
+    sampler = whole.sampler(asked)
+    whole.decode([Rows(0, 0, list(asked.prompt), output=True)])
+    told = [whole.sample(sampler, 0)]
+    while len(told) < steps:
+        whole.decode([Rows(0, len(asked.prompt) + len(told) - 1, told[-1:], output=True)])
+        told.append(whole.sample(sampler, 0))
+    sampler.close()
+    whole.truncate(0, 0)
+    return told
+
+
+def rows_of(count: int, value: float = 0.1) -> bytes:
+    return np.full((count, N_EMBD), value, "<f4").tobytes()
+
+
+def run(stage: Stage, parts: Sequence[RunPart], frame: bytes | None = None, run: int = 1) -> tuple[Ran, bytes | None]:
+    rows = rows_of(max(0, sum(part.count for part in parts))) if frame is None else frame
+    return stage.ask(Run(run=run, parts=tuple(parts), encoding="f32", reply="f32"), Ran, rows)
+
+
+# -- the same tokens ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuts", [(0, 2, 4), (0, 1, 3, 4), (0, 4)])
+def test_stages_say_what_the_whole_model_says(path: Path, whole: LlamaBackend, cuts: tuple[int, ...]) -> None:
+    chain = Chain(path, cuts)
+    asked = prompts(3)
+    assert chain.greedy(asked, STEPS) == {serial: alone(whole, one) for serial, one in asked.items()}
+    chain.close()
+
+
+def test_rows_as_q8_0_give_tokens_too(path: Path) -> None:
+    chain = Chain(path, wire="q8_0")
+    told = chain.greedy(prompts(2), 10)
+    assert [len(tokens) for tokens in told.values()] == [10, 10]
+    chain.close()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+def test_a_sequence_goes_on_in_new_stages(chain: Chain, whole: LlamaBackend, sampling: SamplingParams) -> None:
+    """Its stages are lost after any number of tokens: everything is computed again, and no random number twice."""
+    asked = request(prompt_of(20, 3, N_VOCAB), STEPS, sampling=sampling)
+    expected = alone(whole, asked)
+    for serial, kept in enumerate((0, 1, 17), 1):
+        chain.place(serial, resumed(asked, expected[:kept]))
+        chain.run({serial: (0, asked.prompt)}, output=not kept)
+        told = {serial: list(expected[:kept])}
+        for index in range(kept - 1):
+            chain.run({serial: (20 + index, expected[index : index + 1])}, output=False)
+        if not kept:
+            # Replayed at the same position after another Place: the token of before is not counted.
+            chain.place(serial, asked, tokens=19)
+            told[serial].append(chain.run({serial: (19, asked.prompt[19:])})[serial])
+        chain.go_on({serial: asked}, told, STEPS)
+        assert len(told[serial]) == STEPS
+        # A last row that was computed alone may differ in the last bit, but hardly ever in the token.
+        assert told[serial] == expected
+
+
+def test_a_run_cuts_back_what_was_there(chain: Chain, whole: LlamaBackend) -> None:
+    """Tokens that were tried and did not hold leave nothing behind."""
+    asked = request(prompt_of(12, 5, N_VOCAB), 20)
+    told = chain.greedy({1: asked}, 5)
+    chain.run({1: (16, (told[1][-1], 3, 3, 3))}, output=False)
+    chain.place(1, resumed(asked, told[1]), tokens=16)
+    chain.go_on({1: asked}, told, 20)
+    assert told[1] == alone(whole, asked, 20)
+
+
+def test_order_of_parts_is_the_callers(chain: Chain, whole: LlamaBackend) -> None:
+    asked = prompts(3)
+    for serial in (2, 3, 1):
+        chain.place(serial, asked[serial])
+    ids = chain.run({serial: (0, asked[serial].prompt) for serial in (1, 2, 3)})
+    assert ids == {serial: alone(whole, one, 1)[0] for serial, one in asked.items()}
+
+
+# -- slots -------------------------------------------------------------------------------------------------------
+
+
+def test_a_gap_is_closed_once_it_pays(chain: Chain, whole: LlamaBackend) -> None:
+    asked = prompts(4)
+    told = chain.greedy(asked, 10)
+    for stage in chain.stages:
+        stage.loop.handle(Cancel(2))
+        stage.loop.handle(Cancel(3))
+        assert stage.slots() == {1: 0, 4: 3}
+    left = {serial: told[serial] for serial in (1, 4)}
+    chain.go_on(asked, left, 12)
+    assert all(stage.slots() == {1: 0, 4: 3} for stage in chain.stages), "too short an answer so far"
+    chain.go_on(asked, left, STEPS)
+    assert all(stage.slots() == {1: 0, 4: 1} for stage in chain.stages)
+    assert left == {serial: alone(whole, asked[serial]) for serial in left}
+
+
+def test_a_gap_that_another_sequence_fills_is_none(chain: Chain) -> None:
+    asked = prompts(3)
+    told = chain.greedy(asked, 3)
+    chain.go_on(asked, {serial: told[serial] for serial in (1, 3)}, 40)
+    assert all(stage.slots() == {1: 0, 2: 1, 3: 2} for stage in chain.stages)
+
+
+def test_sequences_are_given_out_lowest_first_and_no_more_than_there_are(first: Stage) -> None:
+    for serial in range(4):
+        assert not first.place(serial).code
+    assert first.place(9).code == "queue_full"
+    first.loop.handle(Cancel(2))
+    first.loop.handle(Cancel(1))
+    first.loop.handle(Cancel(77))
+    assert not first.place(9).code
+    assert first.slots() == {0: 0, 3: 3, 9: 1}
+
+
+# -- what is wrong -----------------------------------------------------------------------------------------------
+
+GOOD = RunPart(1, 4, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("parts", "frame", "code", "reason"),
+    [
+        ([RunPart(7, 0, 1, False)], None, "stage_lost", "with 0 tokens"),
+        ([RunPart(1, 6, 1, False)], None, "stage_lost", "position 6 of a sequence with 5 tokens"),
+        ([RunPart(1, -1, 1, False)], None, "wire", "position -1"),
+        ([], b"", "wire", "0 rows in 0 parts"),
+        ([RunPart(1, 0, 513, False)], None, "wire", "513 rows"),
+        ([RunPart(1, 4, 2, False), RunPart(2, 0, -1, False)], None, "wire", "1 rows in 2 parts"),
+        ([GOOD, GOOD], None, "wire", "two parts of one sequence"),
+        ([RunPart(1, 4, 509, False)], None, "wire", "509 rows from position 4, where a sequence holds 512"),
+        ([GOOD], b"", "wire", "0 bytes of f32 for 1 rows of 64 values, which take 256"),
+        ([GOOD], rows_of(2), "wire", "512 bytes"),
+        ([GOOD], rows_of(1, float("nan")), "wire", "finite"),
+        ([GOOD, RunPart(2, 9, 1, False)], None, "stage_lost", "position 9"),
+    ],
+)
+def test_a_wrong_run_is_answered_and_hurts_nobody(
+    first: Stage, parts: Sequence[RunPart], frame: bytes | None, code: str, reason: str
+) -> None:
+    first.place(1)
+    first.place(2)
+    assert not run(first, [RunPart(1, 0, 4, False)])[0].code
+    good = run(first, [GOOD])
+    ran, rows = run(first, parts, frame, run=5)
+    assert (ran.run, ran.code, rows) == (5, code, None)
+    assert reason in ran.message
+    again = run(first, [GOOD])
+    assert again == good, "as if nothing had been asked"
+
+
+def test_values_that_are_not_finite_fail_the_pass_and_nobody_else(
+    first: Stage, tail: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [RunPart(1, 4, 1, True), RunPart(2, 0, 2, False)]
+    for stage in (first, tail):
+        for serial in (1, 2):
+            stage.place(serial, request(prompt_of(4), sampling=SAMPLED))
+        run(stage, [RunPart(1, 0, 4, False)])
+        decode, logits = stage.context.decode, stage.context.logits
+        with monkeypatch.context() as patch:
+            patch.setattr(stage.context, "decode", lambda batch, decode=decode: decode(batch) * np.float32("nan"))
+            patch.setattr(stage.context, "logits", lambda slot, logits=logits: logits(slot) * np.float32("inf"))
+            ran, rows = run(stage, parts)
+        assert (ran.code, rows, ran.ids) == ("decode_failed", None, ())
+        assert "finite" in ran.message
+        assert {serial: opened.length for serial, opened in stage.loop._sequences.items()} == {1: 4, 2: 0}
+        # The random number of the token that was not drawn is still to come.
+        again = run(stage, parts)
+        stage.place(3, request(prompt_of(4), sampling=SAMPLED))
+        run(stage, [RunPart(3, 0, 4, False)])
+        assert run(stage, [RunPart(3, 4, 1, True)])[0].ids == again[0].ids
+
+
+def test_a_tail_needs_the_request_only_to_sample(tail: Stage) -> None:
+    tail.place(1)
+    assert not run(tail, [RunPart(1, 0, 4, False)])[0].code
+    ran, _ = run(tail, [RunPart(1, 4, 1, True)])
+    assert (ran.code, "without its request" in ran.message) == ("wire", True)
+    too_long = tail.place(1, request(prompt_of(512)))
+    assert (too_long.code, "512 tokens" in too_long.message) == ("wire", True)
+    assert not tail.slots()
+
+
+def test_an_output_elsewhere_means_nothing(first: Stage) -> None:
+    first.place(1, request(prompt_of(4)))
+    ran, rows = run(first, [RunPart(1, 0, 4, True)])
+    assert (ran.ids, len(rows or b"")) == ((), 4 * 4 * N_EMBD)
+
+
+def test_a_context_that_always_fails_is_given_up(first: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise DecodeFailed("llama_decode returned -3")
+
+    first.place(1)
+    monkeypatch.setattr(first.context, "decode", broken)
+    for _ in range(2):
+        assert run(first, [RunPart(1, 0, 1, False)])[0].code == "decode_failed"
+    with pytest.raises(DecodeFailed):
+        run(first, [RunPart(1, 0, 1, False)])
+
+
+def test_stop_ends_the_loop(first: Stage) -> None:
+    first.link.inbox.extend((Place(serial=1), Stop()))
+    first.loop.serve()
+    assert first.slots() == {1: 0}
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_come_back_from_the_arena(first: Stage, tmp_path: Path) -> None:
+    assert first.layout.n_layers == 2
+    geometry = ArenaGeometry(first.layout.token_bytes * 64, 4)
+    file = tmp_path / "blocks"
+    file.write_bytes(bytes(geometry.file_bytes))
+    message = UseArena(path=str(file), block_bytes=geometry.block_bytes, n_blocks=4)
+
+    first.place(1)
+    blocks = (BlockRef(2, bytes(32)),)
+    unread, _ = first.ask(Place(serial=1, tokens=64, blocks=blocks), Placed)
+    assert (unread.tokens, unread.bad_blocks) == (0, False), "an arena that is not there damages nothing"
+
+    def use(_: UseArena) -> None:
+        first.backend.use_file(ArenaFile(file, geometry))
+
+    first.loop.on_arena = use
+    first.loop.handle(message)
+    run(first, [RunPart(1, 0, 64, False)])
+    run(first, [RunPart(1, 64, 64, False)])
+    after = run(first, [RunPart(1, 128, 1, False)])
+    stored, _ = first.ask(StoreBlocks(serial=1, grants=((0, 3), (1, 1), (2, 0))), BlocksStored)
+    assert [slot for slot, _ in stored.written] == [3, 1], "the third block is not full"
+    assert first.ask(StoreBlocks(serial=8, grants=((0, 3),)), BlocksStored)[0].written == ()
+
+    refs = tuple(BlockRef(slot, digest) for slot, digest in stored.written)
+    placed, _ = first.ask(Place(serial=2, tokens=128, blocks=refs), Placed)
+    assert (placed.tokens, placed.blocks, placed.bad_blocks) == (128, 2, False)
+    assert run(first, [RunPart(2, 128, 1, False)]) == after
+    placed, _ = first.ask(Place(serial=3, tokens=100, blocks=refs), Placed)
+    assert (placed.tokens, placed.blocks) == (100, 2), "within a block"
+    placed, _ = first.ask(Place(serial=1, tokens=90, blocks=refs), Placed)
+    assert (placed.tokens, placed.blocks) == (90, 0), "what it has is enough"
+    placed, _ = first.ask(Place(serial=4, tokens=128, blocks=(refs[0], BlockRef(1, bytes(32)))), Placed)
+    assert (placed.tokens, placed.blocks, placed.bad_blocks) == (64, 1, True)
