@@ -1,0 +1,337 @@
+"""The head of a pipeline: admits requests, finds a chain of stages for each, and another one when that fails.
+
+It looks like `local.LocalReplica`: a place where requests run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from swarmcpp.core import Clock, GenerateRequest
+from swarmcpp.errors import Cancelled, NotReady, PromptTooLong, QueueFull, StageFailed
+from swarmcpp.local import MAX_RETRY_AFTER_S, Fetch
+from swarmcpp.peers import Load, TokenPart
+from swarmcpp.pipeline.finding import PATIENCE_S, ChainFinder
+from swarmcpp.pipeline.lanes import Lane
+from swarmcpp.pipeline.opening import close_all, open_all, store_all
+from swarmcpp.pipeline.runs import Broken, Chain, ModelFacts, PipelinePolicy, Run, Surroundings
+from swarmcpp.stages import SEQUENCE_BYTES
+from swarmcpp.telemetry import RateEma, diag
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.1
+"""Between two looks for a chain, or for a free sequence."""
+
+MAX_FAILURES = 5
+"""Failures in a row, without a token in between, after which a request is given up."""
+
+CLOSING_S = 2.0
+"""What the end of a head waits for its sequences to be closed; stages sweep the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineStats:
+    """A head now; rates are moving averages in tokens/s, 0: not measured yet."""
+
+    streams: int
+    """Requests that are open on stages."""
+    in_flight: int
+    """Passes on their way."""
+    micro_batches: int
+    decode_tps: float
+    prefill_tps: float
+
+
+class Conductor:
+    """Runs requests through chains of stages. Used on the event loop's thread; nothing blocks it."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        policy: PipelinePolicy,
+        around: Surroundings,
+        clock: Clock,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """`pause` waits so many seconds, or less when what `routes` knows has changed."""
+        self._facts = facts
+        self._policy = policy
+        self._around = around
+        self._clock = clock
+        self._pause = pause
+        self._finder = ChainFinder(facts, around.routes, clock)
+        self._serial = 0
+        self._runs: dict[int, Run] = {}
+        self._lanes: dict[Chain, Lane] = {}
+        self._seats = asyncio.Semaphore(policy.slots)
+        self._line = asyncio.Lock()
+        self._in_line = 0
+        """Requests that found a stage full and wait in line for it."""
+        self._closed = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._decode = RateEma(half_life_s=10.0, expiry_s=600.0, clock=clock)
+        self._prefill = RateEma(half_life_s=10.0, expiry_s=600.0, clock=clock)
+
+    # -- as a replica ----------------------------------------------------------------------------------------------
+
+    @property
+    def ctx_size(self) -> int:
+        """Tokens of a sequence."""
+        return self._facts.ctx_size
+
+    @property
+    def slots(self) -> int:
+        """Requests that run side by side."""
+        return self._policy.slots
+
+    @property
+    def ahead(self) -> int:
+        """Requests that run or wait."""
+        return len(self._runs)
+
+    @property
+    def usable(self) -> bool:
+        """Whether requests can be submitted, if only for stages that are about to come back."""
+        try:
+            self._finder.check()
+        except NotReady:
+            return False
+        return True
+
+    def stats(self) -> PipelineStats:
+        """Counts and rates now."""
+        lanes = self._lanes.values()
+        return PipelineStats(
+            streams=sum(len(lane.runs) for lane in lanes),
+            in_flight=sum(lane.in_flight for lane in lanes),
+            micro_batches=sum(len(lane.groups) for lane in lanes),
+            decode_tps=self._decode.rate() or 0.0,
+            prefill_tps=self._prefill.rate() or 0.0,
+        )
+
+    def load(self, ttft_s: float = 0.0) -> Load:
+        """How busy it is."""
+        stats = self.stats()
+        backlog = sum(len(run.tokens) for run in self._runs.values() if not run.sampled)
+        waiting = max(0, self.ahead - stats.streams)
+        return Load(stats.streams, waiting, stats.prefill_tps, stats.decode_tps, ttft_s, backlog)
+
+    def admit(self, request: GenerateRequest) -> GenerateRequest:
+        """`request` with a limit of tokens that fits. Raises PromptTooLong, QueueFull, NotReady."""
+        self._finder.check()
+        if len(request.prompt) >= self.ctx_size:
+            raise PromptTooLong(
+                f"the prompt has {len(request.prompt)} tokens and a sequence holds {self.ctx_size} with the answer; "
+                f"shorten it, or start the stages with a larger --ctx-size",
+                param="messages",
+            )
+        waiting = self.ahead - self.slots
+        if waiting >= self._policy.queue_size:
+            raise QueueFull(
+                f"all {self.slots} slots are busy and {waiting} requests wait; try again later",
+                retry_after=min(MAX_RETRY_AFTER_S, 1.0 + waiting / max(1, self.slots)),
+            )
+        return replace(request, max_tokens=min(request.max_tokens, self.ctx_size - len(request.prompt)))
+
+    async def tokens(self, request: GenerateRequest, fetch: Fetch | None = None) -> AsyncGenerator[TokenPart, None]:
+        """Run an admitted request; closing the generator ends its work on all stages. `fetch` is not used: stages have
+        arenas of their own.
+
+        Raises StageFailed, NotReady, and Cancelled when `request.deadline_s` has passed.
+        """
+        try:
+            async with asyncio.timeout(request.deadline_s), aclosing(self._parts(request)) as parts:
+                async for part in parts:
+                    yield part
+        except TimeoutError:
+            raise Cancelled(f"the request took longer than its limit of {request.deadline_s:g} s") from None
+
+    async def close(self) -> None:
+        """End all requests and passes, and close what is open on stages as far as they answer soon."""
+        self._closed = True
+        for run in self._runs.values():
+            run.parts.put_nowait(Broken(StageFailed("this node ends"), own=True))
+            self._give_back(run)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSING_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # -- a request -------------------------------------------------------------------------------------------------
+
+    async def _parts(self, request: GenerateRequest) -> AsyncGenerator[TokenPart, None]:
+        self._serial += 1
+        tokens = [*request.prompt, *request.generated]
+        run = Run(request, self._serial, os.urandom(SEQUENCE_BYTES), tokens, self._clock())
+        self._runs[run.serial] = run
+        try:
+            await self._seats.acquire()
+            run.seated = True
+            await self._place(run)
+            while True:
+                got = await run.parts.get()
+                if isinstance(got, Broken):
+                    self._note(run, got.error, own=got.own)
+                    await self._place(run)
+                    continue
+                run.failures = 0
+                yield got
+                if got.finish:
+                    return
+        finally:
+            self._runs.pop(run.serial, None)
+            self._unseat(run)
+            self._give_back(run)
+
+    def _unseat(self, run: Run) -> None:
+        if run.seated:
+            run.seated = False
+            self._seats.release()
+
+    def _give_back(self, run: Run, keys: Sequence[bytes] = ()) -> None:
+        """Let go of the sequence of `run` on all stages, after the blocks of `keys` were stored."""
+        chain, run.chain = run.chain, ()
+        if lane := self._lanes.get(chain):
+            lane.leave(run)
+        if not chain:
+            return
+        passes, epoch = list(run.passes), run.epoch
+
+        async def close() -> None:
+            # A pass that comes to a stage after the close would fail for the others in it.
+            if passes:
+                await asyncio.wait(passes)
+            if keys:
+                await store_all(chain, self._around.caller, run.sequence, epoch, keys)
+            await close_all(chain, self._around.caller, run.sequence)
+
+        self.spawn(close())
+
+    # -- finding stages --------------------------------------------------------------------------------------------
+
+    async def _place(self, run: Run) -> None:
+        """Open a run on a chain, or wait for one. Raises StageFailed and NotReady when that took too much."""
+        patient_until: float | None = None
+        while True:
+            if run.failures > 1:
+                # A chain that fails at once must not use up all tries within a moment.
+                await self._pause(POLL_S * 2 ** (run.failures - 2))
+            try:
+                return self._join(run, await self._opened(run))
+            except (NotReady, StageFailed) as error:
+                if isinstance(error, StageFailed):
+                    self._note(run, error, own=error.reason != NotReady.code)
+                    if error.reason != NotReady.code:
+                        continue
+                now = self._clock()
+                patient_until = now + PATIENCE_S if patient_until is None else patient_until
+                if now >= patient_until:
+                    raise
+                await self._pause(POLL_S)
+
+    def _join(self, run: Run, position: int) -> None:
+        """Let a run compute that is open, and whose first `position` tokens all stages hold."""
+        if run.cause is not None:
+            node, reason = run.cause.node, run.cause.reason
+            run.cause = None
+            diag(logger, "pipeline failover", request=run.request.id, node=node, reason=reason, resumed_at=position)
+        run.placed(position, self._clock())
+        lane = self._lanes.get(run.chain)
+        if lane is None:
+            # Those that nobody uses any more; the last one stays, with what it has learned.
+            self._lanes = {chain: each for chain, each in self._lanes.items() if each.runs}
+            lane = Lane(run.chain, self._facts, self._policy, self._around, self, self._clock)
+            self._lanes[run.chain] = lane
+        lane.join(run)
+
+    async def _opened(self, run: Run) -> int:
+        """Open a run; while a stage is full, wait in order of arrival. The tokens that all stages hold."""
+        if not self._in_line:
+            try:
+                return await self._open(run)
+            except QueueFull:
+                pass
+        self._in_line += 1
+        try:
+            async with self._line:
+                while True:
+                    try:
+                        return await self._open(run)
+                    except QueueFull:
+                        await self._pause(POLL_S)
+        finally:
+            self._in_line -= 1
+
+    async def _open(self, run: Run) -> int:
+        if self._closed:
+            raise StageFailed("this node ends")
+        chain = self._finder.find(run, self.stats().streams)
+        left = tuple(stage for stage in run.chain if stage not in chain)
+        if left:
+            self.spawn(close_all(left, self._around.caller, run.sequence))
+        run.chain = chain
+        # Each try has its own: a stage that answered an earlier one refuses what is still on its way from then.
+        run.epoch += 1
+        request = replace(run.request, generated=tuple(run.tokens[len(run.request.prompt) :]))
+        keys = self._around.keys(run.tokens, request.cache_salt)
+        return await open_all(chain, self._around.caller, run.sequence, run.epoch, keys, request)
+
+    def _note(self, run: Run, error: StageFailed, *, own: bool) -> None:
+        """Remember a failure. Raises it when it is one too many for `run`, or the head ends."""
+        run.cause = error
+        self._finder.failed(error)
+        if own:
+            run.failures += 1
+        if self._closed or run.failures >= MAX_FAILURES:
+            raise error
+
+    # -- lanes.LaneWatch -------------------------------------------------------------------------------------------
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """See `LaneWatch`."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("a task of the pipeline failed", exc_info=error)
+
+    def answered(self, run: Run) -> None:
+        """See `LaneWatch`."""
+        if keys := self._new_keys(run):
+            self.spawn(store_all(run.chain, self._around.caller, run.sequence, run.epoch, keys))
+
+    def ended(self, run: Run) -> None:
+        """See `LaneWatch`."""
+        # Before its reader takes the last token: whoever waits need not wait for that.
+        self._unseat(run)
+        self._give_back(run, self._new_keys(run))
+
+    def lost(self, lane: Lane) -> None:
+        """See `LaneWatch`."""
+        if self._lanes.get(lane.chain) is lane:
+            del self._lanes[lane.chain]
+
+    def measured(self, rows: int, seconds: float, wall_s: float, *, decode: bool) -> None:
+        """See `LaneWatch`."""
+        if decode:
+            self._decode.add(rows, wall_s)
+        else:
+            self._prefill.add(rows, seconds)
+
+    def _new_keys(self, run: Run) -> list[bytes]:
+        """Keys of all full blocks whose KV is there (not that of the newest token), if some are not stored yet."""
+        keys = self._around.keys(run.tokens[:-1], run.request.cache_salt)
+        known, run.stored = run.stored, len(keys)
+        return keys if len(keys) > known else []

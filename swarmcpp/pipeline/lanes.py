@@ -1,0 +1,315 @@
+"""A lane: all requests of a head that run through one chain of stages, and the passes that are on their way there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Protocol
+
+from swarmcpp.core import Chunk, Clock
+from swarmcpp.engine.scheduler import Policy, Scheduler
+from swarmcpp.errors import StageFailed, StageLost, SwarmError
+from swarmcpp.llama.rows import encode_rows
+from swarmcpp.pipeline.plan import expected_s, limit_s, regroup
+from swarmcpp.pipeline.runs import Broken, Chain, ModelFacts, PipelinePolicy, Run, Surroundings
+from swarmcpp.stages import Pass, Passed, SequencePart, StageRef
+from swarmcpp.telemetry import diag
+from swarmcpp.wire import RowEncoding
+
+logger = logging.getLogger(__name__)
+
+RECOUNT_S = 2.0
+"""For so long a number of micro-batches stays, unless that of streams changes: each cut costs a wait."""
+
+
+class LaneWatch(Protocol):
+    """What a lane tells the head."""
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run `work` as a task that starts after those spawned before, and ends with the head."""
+        ...
+
+    def answered(self, run: Run) -> None:
+        """The first token since `run` was opened came: the KV of all tokens before it is there."""
+        ...
+
+    def ended(self, run: Run) -> None:
+        """`run` had its last token and has left."""
+        ...
+
+    def lost(self, lane: Lane) -> None:
+        """Nobody may join `lane` any more."""
+        ...
+
+    def measured(self, rows: int, seconds: float, wall_s: float, *, decode: bool) -> None:
+        """A pass of `rows` rows took its slowest stage `seconds`, and the head `wall_s` more than passes before."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A pass on its way: each run with its epoch and rows."""
+
+    parts: tuple[tuple[Run, int, Chunk], ...]
+    decode: bool
+    begun: float
+    expected_s: float
+
+    @property
+    def rows(self) -> int:
+        return sum(chunk.count for _, _, chunk in self.parts)
+
+
+class Lane:
+    """Plans and sends the passes of one chain, and hands out what comes back. Used on the event loop's thread."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        facts: ModelFacts,
+        policy: PipelinePolicy,
+        around: Surroundings,
+        watch: LaneWatch,
+        clock: Clock,
+    ) -> None:
+        self.chain = chain
+        self.runs: dict[int, Run] = {}
+        """By slot."""
+        self.groups: list[list[int]] = []
+        """Slots of each micro-batch."""
+        self.broken = False
+        self._facts = facts
+        self._around = around
+        self._watch = watch
+        self._clock = clock
+        self._persistent = policy.persistent
+        self._encodings: tuple[RowEncoding, RowEncoding] = ("f32", "f32")
+        self._window = len(chain) + 1 if policy.persistent else 1
+        # A decode row waits behind every chunk that is on its way to the slowest stage.
+        budget_s = policy.prefill_budget_s / self._window
+        self._scheduler = Scheduler(Policy(policy.prefill_chunk_tokens, budget_s))
+        self._planned: deque[tuple[Chunk, ...]] = deque()
+        self._flights: set[asyncio.Task[None]] = set()
+        self._decodes = self._prefills = 0
+        self._waiting_s = 0.0
+        self._prompts_turn = False
+        self._counted = (0, 1, 0.0)
+        """Streams, micro-batches for them, and when that was."""
+        self._last_landed = {True: 0.0, False: 0.0}
+
+    @property
+    def in_flight(self) -> int:
+        """Passes on their way."""
+        return self._decodes + self._prefills
+
+    def join(self, run: Run) -> None:
+        """Let an opened run compute here."""
+        if not self.runs:
+            # Not while somebody computes: how rows are rounded on the way must not change within an answer.
+            self._encodings = self._around.encodings(self.chain)
+        # The lowest free one, as stages number sequences too, so that neighbours here are mostly neighbours there.
+        run.slot = next(slot for slot in count() if slot not in self.runs)
+        self.runs[run.slot] = run
+        self.pump()
+
+    def leave(self, run: Run) -> None:
+        """Forget a run; passes with rows of it go on, and what they bring is not for it."""
+        if self.runs.get(run.slot) is run:
+            del self.runs[run.slot]
+            self._planned = deque(
+                left for group in self._planned if (left := tuple(each for each in group if each.slot != run.slot))
+            )
+            run.slot = -1
+            self.pump()
+
+    def pump(self) -> None:
+        """Send every pass that can be sent now."""
+        if self.broken:
+            return
+        due = self._due()
+        if not self._persistent:
+            self._pump_one(due)
+            return
+        for group in due:
+            self._send(group, decode=True)
+        while self._prefills < self._window and (chunks := self._next_chunks()):
+            self._send(chunks, decode=False)
+
+    def _pump_one(self, due: Sequence[Sequence[Chunk]]) -> None:
+        """One pass, of prompts and of decode rows in turn, when none is on its way."""
+        if self.in_flight:
+            return
+        chunks = () if due and not self._prompts_turn else self._next_chunks()
+        if chunks:
+            self._send(chunks, decode=False)
+        elif due:
+            self._send(due[0], decode=True)
+        self._prompts_turn = not chunks
+
+    # -- what to send ----------------------------------------------------------------------------------------------
+
+    def _due(self) -> list[list[Chunk]]:
+        """Decode rows of micro-batches that are wholly back."""
+        members = sorted(slot for slot, run in self.runs.items() if run.decoding)
+        wanted = self._micro_batches(len(members))
+        self.groups = regroup(self.groups, members, wanted)
+        ready = [group for group in self.groups if not any(self.runs[slot].flying for slot in group)]
+        room = max(0, wanted - self._decodes)
+        return [[Chunk(slot, self.runs[slot].n_past, 1, last=True) for slot in group] for group in ready[:room]]
+
+    def _micro_batches(self, streams: int) -> int:
+        if not self._persistent or streams < 2:
+            return 1
+        known, wanted, until = self._counted
+        now = self._clock()
+        if streams != known or now >= until:
+            curves = [self._around.pass_times(stage) for stage in self.chain]
+            wanted = self._around.micro_batches(streams, curves, self._around.rtt(self.chain), streams)
+            self._counted = (streams, wanted, now + RECOUNT_S)
+        return self._counted[1]
+
+    def _next_chunks(self) -> tuple[Chunk, ...]:
+        """Prompt rows of the next pass; none when all is planned."""
+        if not self._planned:
+            plan = self._scheduler.plan([view for run in self.runs.values() if (view := run.view())])
+            self._planned.extend(plan.prefill)
+            for group in plan.prefill:
+                for chunk in group:
+                    self.runs[chunk.slot].n_past += chunk.count
+        return self._planned.popleft() if self._planned else ()
+
+    # -- a pass ----------------------------------------------------------------------------------------------------
+
+    def _send(self, chunks: Sequence[Chunk], *, decode: bool) -> None:
+        parts = tuple((self.runs[chunk.slot], self.runs[chunk.slot].epoch, chunk) for chunk in chunks)
+        rows = sum(chunk.count for chunk in chunks)
+        expected = self._expected_s(rows)
+        flight = _Flight(parts, decode, self._clock(), expected or 0.0)
+        self._waiting_s += flight.expected_s
+        limit = limit_s(None if expected is None else self._waiting_s)
+        if decode:
+            self._decodes += 1
+        else:
+            self._prefills += 1
+        # Tasks start in the order in which they are made, and nothing is awaited before the chain is asked.
+        task = self._watch.spawn(self._fly(flight, limit))
+        for run, _, chunk in parts:
+            run.passes.add(task)
+            task.add_done_callback(run.passes.discard)
+            if decode:
+                run.flying = True
+                run.n_past += chunk.count
+
+    def _expected_s(self, rows: int) -> float | None:
+        computing = expected_s([self._around.pass_times(stage) for stage in self.chain], rows)
+        return None if computing is None else computing + self._around.rtt(self.chain)
+
+    async def _fly(self, flight: _Flight, limit: float) -> None:
+        try:
+            passed, ids = await self._call(flight, limit)
+        except Exception as error:  # noqa: BLE001 - the root of a task: its sequences go on elsewhere, whatever it was
+            self._landed(flight)
+            self._fail(flight, self._as_failed(error))
+        else:
+            self._landed(flight)
+            self._learn(flight, passed)
+            self._commit(flight, ids)
+        self.pump()
+
+    async def _call(self, flight: _Flight, limit: float) -> tuple[Passed, dict[int, int]]:
+        """Send a pass down the chain; what came back, and the id of each part (by its index) that asked for one."""
+        tokens = [run.tokens[chunk.start + i] for run, _, chunk in flight.parts for i in range(chunk.count)]
+        parts = tuple(
+            SequencePart(run.sequence, epoch, chunk.start, chunk.count, chunk.last)
+            for run, epoch, chunk in flight.parts
+        )
+        first, onward = self._encodings
+        work = Pass(parts, first, encode_rows(self._around.embed(tokens), first), self.chain[1:], onward)
+        try:
+            async with asyncio.timeout(limit):
+                passed = await self._around.caller(self.chain[0]).run(work)
+        except TimeoutError:
+            # Each hop has a shorter limit and names the next one; so it is the first that is silent.
+            node = self.chain[0].node
+            raise StageFailed(
+                f"{node} did not end a pass within {limit:g} s", node=node, reason="peer_timeout"
+            ) from None
+        wanted = [index for index, part in enumerate(parts) if part.output]
+        if len(passed.ids) != len(wanted) or not all(0 <= token < self._facts.n_vocab for token in passed.ids):
+            raise self._failed(self.chain[-1], "wire", "answered a pass with ids that cannot be")
+        return passed, dict(zip(wanted, passed.ids, strict=True))
+
+    def _as_failed(self, error: Exception) -> StageFailed:
+        if isinstance(error, StageFailed):
+            return error
+        if not isinstance(error, SwarmError):
+            logger.exception("a pass failed", exc_info=error)
+        return self._failed(self.chain[0], getattr(error, "code", "internal"), f"failed a pass: {error}")
+
+    @staticmethod
+    def _failed(stage: StageRef, reason: str, what: str) -> StageFailed:
+        return StageFailed(f"{stage.node} {what}", node=stage.node, reason=reason)
+
+    def _landed(self, flight: _Flight) -> None:
+        if flight.decode:
+            self._decodes -= 1
+        else:
+            self._prefills -= 1
+        self._waiting_s = self._waiting_s - flight.expected_s if self.in_flight else 0.0
+        for run, epoch, _ in flight.parts:
+            if flight.decode and run.epoch == epoch:
+                run.flying = False
+
+    def _live(self, flight: _Flight) -> list[tuple[int, Run]]:
+        """Runs that a pass was for and that still wait for it, with their part's index."""
+        return [
+            (index, run)
+            for index, (run, epoch, _) in enumerate(flight.parts)
+            if self.runs.get(run.slot) is run and run.epoch == epoch
+        ]
+
+    def _learn(self, flight: _Flight, passed: Passed) -> None:
+        now = self._clock()
+        took = now - flight.begun
+        seconds = min(took, max((time.compute_s for time in passed.times), default=took))
+        wall_s = now - max(flight.begun, self._last_landed[flight.decode])
+        self._last_landed[flight.decode] = now
+        self._scheduler = self._scheduler.learned([part[2] for part in flight.parts], seconds, decode=flight.decode)
+        self._watch.measured(flight.rows, seconds, wall_s, decode=flight.decode)
+        diag(logger, "pipeline pass", rows=flight.rows, parts=len(flight.parts), ms=round(1000 * took, 3))
+
+    def _commit(self, flight: _Flight, ids: dict[int, int]) -> None:
+        """Hand out the ids of a pass."""
+        now = self._clock()
+        for index, run in self._live(flight):
+            if index not in ids:
+                continue
+            first = not run.decoding
+            finish = run.accept(ids[index], self._facts, now)
+            if finish:
+                del self.runs[run.slot]
+                run.slot = -1
+                self._watch.ended(run)
+            elif first:
+                self._watch.answered(run)
+
+    def _fail(self, flight: _Flight, error: StageFailed) -> None:
+        """Send all runs elsewhere, unless nobody waits for the pass that failed.
+
+        A stage that lost the KV of one has mostly lost that of all, as its engine was started again.
+        """
+        own = [run for _, run in self._live(flight)]
+        if not own:
+            return
+        if error.reason != StageLost.code:
+            self.broken = True
+            self._watch.lost(self)
+        for run in list(self.runs.values()):
+            run.parts.put_nowait(Broken(error, run in own))
+            run.slot = -1
+        self.runs.clear()
+        self._planned.clear()

@@ -1,0 +1,51 @@
+"""What a lane decides: how its decoding sequences are cut into micro-batches, and how long a pass may take. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+from swarmcpp.route.passes import Curve, pass_s
+
+LEAST_LIMIT_S = 3.0
+UNKNOWN_LIMIT_S = 60.0
+SLACK = 8.0
+"""Times what is expected that a pass may take: other heads use the same stages, and each hop has a limit of its own."""
+
+
+def cut(members: Sequence[int], count: int) -> list[list[int]]:
+    """`members` in `count` runs of neighbours, whose lengths differ by one at most. `count` is within their number."""
+    base, more = divmod(len(members), count)
+    borders = accumulate([base + (index < more) for index in range(count)], initial=0)
+    return [list(members[begin:end]) for begin, end in pairwise(borders)]
+
+
+def regroup(groups: Sequence[Sequence[int]], members: Sequence[int], wanted: int) -> list[list[int]]:
+    """The micro-batches of `members` (slots that decode, ascending), `wanted` of them, from those so far.
+
+    Who ended leaves, who is new joins the smallest. All are cut anew, in the order of slots, only when the number of
+    groups changes or they have become uneven: stages compute neighbours together, and a member that changes its group
+    makes it wait for a pass of another.
+    """
+    if not members:
+        return []
+    wanted = max(1, min(wanted, len(members)))
+    alive = set(members)
+    kept = [left for group in groups if (left := [member for member in group if member in alive])]
+    if len(kept) == wanted:
+        for member in sorted(alive.difference(*kept)):
+            min(kept, key=len).append(member)
+        sizes = [len(group) for group in kept]
+        if max(sizes) - min(sizes) <= max(1, len(members) // (4 * wanted)):
+            return [sorted(group) for group in kept]
+    return cut(members, wanted)
+
+
+def expected_s(curves: Sequence[Curve], rows: int) -> float | None:
+    """Seconds that a pass of `rows` rows computes on all stages together; None: some are not measured."""
+    return sum(pass_s(curve, rows, 0) for curve in curves) if all(curves) else None
+
+
+def limit_s(expected: float | None) -> float:
+    """Seconds after which a pass that is expected to take so long, waiting included, counts as failed."""
+    return UNKNOWN_LIMIT_S if expected is None else max(LEAST_LIMIT_S, SLACK * expected)

@@ -1,0 +1,162 @@
+"""One request of a head, from its admission to its end, and what the parts of a head have in common."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from swarmcpp.core import FinishReason, GenerateRequest
+from swarmcpp.engine.scheduler import TILE_ROWS, SlotView
+from swarmcpp.errors import StageFailed
+from swarmcpp.llama.rows import FloatRows
+from swarmcpp.peers import NodeId, TokenPart
+from swarmcpp.route.passes import Curve
+from swarmcpp.stages import StageCaller, StageRef
+from swarmcpp.wire import RowEncoding
+
+Chain = tuple[StageRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a head must know of its model; `ctx_size` is that of a sequence, in tokens."""
+
+    fingerprint: bytes
+    n_layers: int
+    n_vocab: int
+    ctx_size: int
+    eog_tokens: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class PipelinePolicy:
+    """The switches of a head. `slots` requests run and `queue_size` more wait.
+
+    `persistent`: passes overlap; without it each waits until the one before is back.
+    """
+
+    slots: int
+    queue_size: int
+    prefill_chunk_tokens: int = 128
+    prefill_budget_s: float = 0.7
+    persistent: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is asked of the route search. `tokens` are prompt and what was generated, `answer` how many may follow,
+    `streams` how many other requests this head runs; nodes of `avoid` failed a moment ago."""
+
+    request: str
+    tokens: int
+    answer: int
+    streams: int
+    avoid: frozenset[NodeId] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a head uses of its node. All are called on the event loop's thread and none may block it.
+
+    `routes` gives the best chain now, or raises NotReady, whose text says what is missing. `keys` are those of the
+    full blocks of tokens under a salt; none where caching is off. `rtt` is the sum of the delays of a chain's links,
+    from the head round to the head, in seconds. `encodings` are those of rows to the first stage and between the
+    others. `micro_batches(streams, curves, rtt_s, most)` is how many micro-batches to keep in flight.
+    """
+
+    embed: Callable[[Sequence[int]], FloatRows]
+    keys: Callable[[Sequence[int], str], list[bytes]]
+    routes: Callable[[Ask], Sequence[StageRef]]
+    caller: Callable[[StageRef], StageCaller]
+    pass_times: Callable[[StageRef], Curve]
+    rtt: Callable[[Chain], float]
+    encodings: Callable[[Chain], tuple[RowEncoding, RowEncoding]]
+    micro_batches: Callable[[int, Sequence[Curve], float, int], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """What a run is told when its stages failed; `own`: in a pass that had rows of it."""
+
+    error: StageFailed
+    own: bool
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """A request that runs or waits. `tokens` is its prompt and what was generated; rows of the first `n_past` are on
+    their way or in the KV of `chain`, where it has been opened `epoch` times."""
+
+    request: GenerateRequest
+    serial: int
+    sequence: bytes
+    tokens: list[int]
+    arrived_s: float
+    parts: asyncio.Queue[TokenPart | Broken] = field(default_factory=asyncio.Queue)
+    chain: Chain = ()
+    epoch: int = 0
+    slot: int = -1
+    """Its number in a lane; -1 when it is in none."""
+    n_past: int = 0
+    decoding: bool = False
+    """An id has come since it was opened."""
+    flying: bool = False
+    """Its decode row is on its way."""
+    passes: set[asyncio.Task[None]] = field(default_factory=set)
+    """Those that have rows of it, outdated ones too."""
+    sampled: int = 0
+    cached: int = 0
+    stored: int = 0
+    """Blocks that its stages were told to store."""
+    placed_s: float = 0.0
+    queue_s: float = 0.0
+    failures: int = 0
+    """Since its last token."""
+    cause: StageFailed | None = None
+    """Why it was opened again."""
+    seated: bool = False
+
+    @property
+    def to_plan(self) -> int:
+        """Prompt rows that are not planned yet."""
+        return 0 if self.decoding else len(self.tokens) - self.n_past
+
+    def view(self) -> SlotView | None:
+        """What the scheduler may know; None while nothing is to be planned for it."""
+        if not self.decoding and not self.to_plan:
+            return None
+        tile_end = len(self.request.prompt) // TILE_ROWS * TILE_ROWS
+        return SlotView(self.slot, self.serial, self.n_past, self.to_plan, tile_end)
+
+    def placed(self, position: int, now: float) -> None:
+        """The stages hold its first `position` tokens, and the rest is to be computed."""
+        if not self.placed_s:
+            self.queue_s = now - self.arrived_s
+        self.placed_s = now
+        self.n_past = position
+        self.stored = 0
+        self.decoding = self.flying = False
+        if not self.sampled:
+            self.cached = position
+
+    def accept(self, token: int, facts: ModelFacts, now: float) -> FinishReason | None:
+        """Take the next token and hand it to the reader; why it was the last, if it was."""
+        self.tokens.append(token)
+        self.sampled += 1
+        self.decoding = True
+        finish = self._finish(token, facts)
+        if self.sampled == 1:
+            tier = "arena" if self.cached else ""
+            part = TokenPart((token,), finish, self.cached, tier, self.queue_s, now - self.placed_s)
+        else:
+            part = TokenPart((token,), finish)
+        self.parts.put_nowait(part)
+        return finish
+
+    def _finish(self, token: int, facts: ModelFacts) -> FinishReason | None:
+        if token in facts.eog_tokens and not self.request.sampling.ignore_eos:
+            return "stop"
+        if len(self.request.generated) + self.sampled >= self.request.max_tokens:
+            return "length"
+        return "length" if len(self.tokens) >= facts.ctx_size else None
