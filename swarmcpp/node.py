@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ from swarmcpp.kv.keys import KvIdentity
 from swarmcpp.llama.chat import ChatCodec
 from swarmcpp.llama.probe import ProbeReport, probe
 from swarmcpp.llama.text import TextStream
-from swarmcpp.llama.vocab import VocabModel
+from swarmcpp.llama.vocab import Vocab, VocabModel
 from swarmcpp.local import LocalReplica, Runner
 from swarmcpp.models.capacity import choose_capacity
 from swarmcpp.models.inspect import ModelFile, inspect
@@ -71,13 +71,21 @@ class Prepared:
     probe: ProbeReport
 
 
+def usable_memory(config: Config, hardware: Hardware) -> int:
+    """Bytes that a model and its contexts may take here: what is free, within --memory."""
+    limit = config.engine.memory_bytes
+    return hardware.memory_available if limit is None else min(limit, hardware.memory_available)
+
+
 def prepare(config: Config, path: Path, name: str | None = None) -> Prepared:
     """Check the model, the machine and its kernels. Blocking. Raises BadModel and NotEnoughMemory."""
     model = inspect(path)
     if not model.has_tokenizer:
         raise BadModel(f"{path}: has no tokenizer, so it cannot read text; get a GGUF of the whole model")
     hardware = read_hardware()
-    ctx_size, slots = choose_capacity(model, hardware.memory_available, config.engine.ctx_size, config.engine.slots)
+    ctx_size, slots = choose_capacity(
+        model, usable_memory(config, hardware), config.engine.ctx_size, config.engine.slots
+    )
     report = probe(config.storage.data_dir)
     inference = config.inference
     options = EngineOptions(
@@ -120,13 +128,16 @@ class Node:
         self._codec: ChatCodec | None = None
         self.names = frozenset({info.id, info.path, Path(info.path).name})
 
-    async def read_text(self, path: Path, chat_template: str | None) -> None:
+    async def read_text(self, path: Path, chat_template: str | None) -> Vocab:
         """Load the vocabulary of the file at `path`: the model can be talked to from now on. Raises BadModel.
+
+        The vocabulary is the node's, until it is closed.
 
         Once its engine has loaded: a file that crashes llama.cpp has then done so there, not in the node.
         """
         self._vocab = await asyncio.to_thread(VocabModel, path)
         self._codec = ChatCodec(self._vocab.vocab, chat_template)
+        return self._vocab.vocab
 
     def close(self) -> None:
         """Free the vocabulary."""
@@ -327,7 +338,7 @@ async def run(
     server = await start_api(config, node)
     stop = stop or asyncio.Event()
     try:
-        if not await until_stopped(start(), stop):
+        if not await until_stopped(asyncio.create_task(start()), stop):
             return
         cache = supervisor.cache
         cache_bytes = cache.n_blocks * cache.block_bytes if cache else 0
@@ -341,9 +352,9 @@ async def run(
         await server.close()
 
 
-async def until_stopped(start: Coroutine[None, None, None], stop: asyncio.Event) -> bool:
-    """Whether `start` has ended before `stop` was set, which cancels it. Raises what `start` raises."""
-    starting, stopping = asyncio.create_task(start), asyncio.create_task(stop.wait())
+async def until_stopped(starting: asyncio.Task[Any], stop: asyncio.Event) -> bool:
+    """Whether `starting` has ended before `stop` was set, which cancels it. Raises what it raises."""
+    stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
@@ -379,7 +390,8 @@ async def _offer(swarm: Swarm, node: Node, replica: LocalReplica, prepared: Prep
         slots=replica.slots,
         created=info.created,
     )
-    swarm.serve(Served(replica, offer, node.names), manifest, prepared.model.files)
+    swarm.give(manifest, prepared.model.files)
+    swarm.serve(Served(replica, offer, node.names, replica))
 
 
 async def start_api(config: Config, node: Node) -> RunningServer:

@@ -60,8 +60,9 @@ class ModelOffer:
 
 @dataclass(frozen=True, slots=True)
 class StageOffer:
-    """A stage that a node runs: layers [first, last) of the model with `fingerprint`, for `slots` sequences."""
+    """A stage that a node runs: layers [first, last) of `model` with `fingerprint`, for `slots` sequences."""
 
+    model: str
     fingerprint: bytes
     first: int
     last: int
@@ -143,6 +144,8 @@ class Capability:
     heartbeat_s: float = 1.0
     """The longest that it keeps silent, in seconds."""
     stages: tuple[StageOffer, ...] = ()
+    memory_model: int = 0
+    """Bytes that parts of models may take in all, those that are loaded included; 0: not said."""
     sequence: int = 0
     """That of its last gossip when it said this, so that what was said later is told from what arrives later."""
 

@@ -294,9 +294,9 @@ class Caller(Protocol):
     """Requests to one peer over its link. Used on the event loop's thread."""
 
     async def ask(
-        self, message: Ask, payload: Sequence[bytes] = (), *, timeout_s: float
+        self, message: Ask, payload: Sequence[bytes | memoryview] = (), *, timeout_s: float
     ) -> tuple[Reply, list[memoryview]]:
-        """The one reply to `message` with its raw frames.
+        """The one reply to `message` with its raw frames; those beside it must not be changed any more.
 
         Raises PeerTimeout, PeerLost (the link broke), QueueFull (too many requests are under way), WireError, or the
         error that the peer answered with.

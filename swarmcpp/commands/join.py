@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from swarmcpp.commands import serve, terminal
+from swarmcpp.commands import serve, share, terminal
 from swarmcpp.commands.pull import download_async, progress_text, user_catalogue
 from swarmcpp.commands.swarm import in_swarm
 from swarmcpp.config import Config, LoadedConfig
 from swarmcpp.errors import BadConfig, BadModel, DownloadFailed, SwarmUnreachable
+from swarmcpp.layerhost import Obtain, SharedModel
 from swarmcpp.models.download import PullProgress
+from swarmcpp.models.inspect import inspect
 from swarmcpp.models.manifest import Manifest, manifest_of
 from swarmcpp.models.modelfiles import find_local
-from swarmcpp.peers import ModelOffer
+from swarmcpp.models.slicestore import SliceFiles, SliceStore
+from swarmcpp.node import until_stopped
 from swarmcpp.swarm.identity import JoinToken
 from swarmcpp.swarm.modelfetch import fetch_model, get_manifest
+from swarmcpp.swarm.slicefetch import obtain_header, obtain_slice
 from swarmcpp.swarm.store import SwarmState, SwarmStore
 from swarmcpp.swarming.swarm import Swarm
 
@@ -59,23 +65,52 @@ async def _join(config: Config, store: SwarmStore, state: SwarmState, console: C
     stop = serve.stop_on_signals()
     async with in_swarm(config, store, state.key, state.peers, lan=True) as swarm:
         prepared = asyncio.create_task(_prepare(config, swarm, console))
-        stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait({prepared, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        if not prepared.done():
-            prepared.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await prepared
-            return
-        path, name = await prepared
-        await serve.serve(config, path, name, console, swarm=swarm, stop=stop)
+        if await until_stopped(prepared, stop):
+            part = prepared.result()
+            if isinstance(part, Whole):
+                await serve.serve(config, part.path, part.name, console, swarm=swarm, stop=stop)
+            else:
+                await share.run(config, part.model, console, swarm=swarm, obtain=part.obtain, stop=stop)
 
 
-async def _prepare(config: Config, swarm: Swarm, console: Console) -> tuple[Path, str]:
-    """The file to serve, and its name in the swarm."""
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A model of the swarm, which `copies` nodes serve as a whole."""
+
+    fingerprint: bytes
+    name: str
+    size_bytes: int
+    copies: int
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """All of a model is to be served here, from `path`, under `name`."""
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Layers of a model are to be run here."""
+
+    model: SharedModel
+    obtain: Obtain
+
+
+async def _prepare(config: Config, swarm: Swarm, console: Console) -> Whole | Layers:
+    """What this node is to do. What one machine can hold is never split, unless that was asked for."""
     await _find_members(swarm)
-    offer = await _pick(config, swarm, console)
-    return await _obtain(config, swarm, offer, console), offer.id
+    target = await _pick(swarm, console)
+    local, manifest = await _local(config, swarm, target)
+    source = local or await _header(config, swarm, manifest, console)
+    file = await asyncio.to_thread(inspect, source)
+    if config.engine.layer_range is None and await asyncio.to_thread(share.fits_whole, config, file):
+        path = local or await _obtain(config, swarm, target, manifest, console)
+        return Whole(path, target.name)
+    model = share.shared_model(config, swarm, manifest, file, target.name)
+    return Layers(model, _obtainer(config, swarm, local, manifest, model, console))
 
 
 async def _find_members(swarm: Swarm) -> None:
@@ -94,12 +129,12 @@ async def _find_members(swarm: Swarm) -> None:
     await asyncio.sleep(SETTLE_S)
 
 
-async def _pick(config: Config, swarm: Swarm, console: Console) -> ModelOffer:
+async def _pick(swarm: Swarm, console: Console) -> Target:
     """The model to serve: the one that most nodes serve. Raises SwarmUnreachable when there is none."""
     said = False
     try:
         async with asyncio.timeout(MODEL_S):
-            while not (offers := [offer for _, offer in swarm.models.offers()]):
+            while not (targets := _targets(swarm)):
                 if not said:
                     console.print("waiting for a member to serve a model")
                     said = True
@@ -109,48 +144,114 @@ async def _pick(config: Config, swarm: Swarm, console: Console) -> ModelOffer:
         raise SwarmUnreachable(
             f"no member of swarm {swarm.key.swarm_id} serves a model; start one with `swarmcpp serve MODEL --swarm`"
         ) from None
-    counts: dict[bytes, int] = {}
-    for offer in offers:
-        counts[offer.fingerprint] = counts.get(offer.fingerprint, 0) + 1
-    return max(offers, key=lambda each: (counts[each.fingerprint], each.size_bytes, each.id))
+    return max(targets, key=lambda each: (each.copies, each.size_bytes, each.name))
 
 
-async def _obtain(config: Config, swarm: Swarm, offer: ModelOffer, console: Console) -> Path:
-    """A local copy of the model: the one named, one that is here, from peers, or from its URL."""
-    data_dir, models_dir = config.storage.data_dir, config.storage.models_dir
+def _targets(swarm: Swarm) -> list[Target]:
+    found: dict[bytes, Target] = {}
+    for _, offer in swarm.models.offers():
+        copies = found[offer.fingerprint].copies if offer.fingerprint in found else 0
+        found[offer.fingerprint] = Target(offer.fingerprint, offer.id, offer.size_bytes, copies + 1)
+    for stage in swarm.pipelines.seen():
+        found.setdefault(stage.ref.fingerprint, Target(stage.ref.fingerprint, stage.offer.model, 0, 1))
+    return list(found.values())
+
+
+async def _local(config: Config, swarm: Swarm, target: Target) -> tuple[Path | None, Manifest]:
+    """The copy of the model that is here, the one named or any, and what the model's files are."""
+    data_dir = config.storage.data_dir
     if config.model is not None:
-        return await asyncio.to_thread(_given, Path(config.model), offer, data_dir)
-    manifest = await get_manifest(swarm.models.holders(offer.fingerprint), offer.fingerprint, MANIFEST_S)
-    found = await asyncio.to_thread(find_local, manifest, [models_dir, Path()], data_dir)
-    if found:
-        return found[0]
+        return await asyncio.to_thread(_given, Path(config.model), target, data_dir)
+    holders = swarm.models.holders(target.fingerprint)
+    manifest = await get_manifest(holders, target.fingerprint, MANIFEST_S)
+    found = await asyncio.to_thread(find_local, manifest, [config.storage.models_dir, Path()], data_dir)
+    return (found[0] if found else None), manifest
+
+
+async def _obtain(config: Config, swarm: Swarm, target: Target, manifest: Manifest, console: Console) -> Path:
+    """All of the model, from peers or from its URL."""
+    data_dir, models_dir = config.storage.data_dir, config.storage.models_dir
     try:
-        return await _fetch(swarm, offer, manifest, models_dir, console)
+        return await _fetch(swarm, target, manifest, models_dir, console)
     except DownloadFailed:
-        entry = user_catalogue(config.storage).get(offer.id)
+        entry = user_catalogue(config.storage).get(target.name)
         if entry is None:
             raise
         console.print("no peer sends the model any more; it is downloaded from where it was published")
         path = await download_async(entry, models_dir, console)
-        if (await asyncio.to_thread(manifest_of, [path], data_dir)).fingerprint != offer.fingerprint:
+        if (await asyncio.to_thread(manifest_of, [path], data_dir)).fingerprint != target.fingerprint:
             raise BadModel(f"{path}: what {entry.url} has now is not the model that the swarm serves") from None
         return path
 
 
-def _given(path: Path, offer: ModelOffer, data_dir: Path) -> Path:
+async def _header(config: Config, swarm: Swarm, manifest: Manifest, console: Console) -> Path:
+    """A file with at least the header of the model, fetched if need be."""
+    with _progress(console) as show:
+        return await obtain_header(
+            manifest,
+            callers=lambda: swarm.models.holders(manifest.fingerprint),
+            store=SliceStore(config.storage.data_dir),
+            progress=show,
+            rejected=lambda caller: swarm.distrust(caller, "sent wrong bytes of a model"),
+        )
+
+
+def _obtainer(
+    config: Config, swarm: Swarm, local: Path | None, manifest: Manifest, model: SharedModel, console: Console
+) -> Obtain:
+    """How slices come here: cut from a local copy, or fetched. A node with the first layer is to be a head."""
+    store = SliceStore(config.storage.data_dir)
+    entry = user_catalogue(config.storage).get(model.id)
+
+    async def obtain(first: int, last: int) -> SliceFiles:
+        if local is not None:
+            return await asyncio.to_thread(store.from_file, local, first, last)
+        console.print(f"fetching layers {first}-{last} of {model.id}")
+        with _progress(console) as show:
+            return await obtain_slice(
+                manifest,
+                first,
+                last,
+                embedding=first == 0,
+                callers=lambda: swarm.models.holders(manifest.fingerprint),
+                store=store,
+                progress=show,
+                rejected=lambda caller: swarm.distrust(caller, "sent wrong bytes of a model"),
+                url=entry.url if entry else None,
+            )
+
+    return obtain
+
+
+def _given(path: Path, target: Target, data_dir: Path) -> tuple[Path, Manifest]:
     """The copy that the user named. Raises BadModel when it is another model."""
     path = path.expanduser()
     if not path.is_file():
-        raise BadModel(f"{path}: no such file; leave out --model to fetch {offer.id!r} from the swarm")
-    if manifest_of([path], data_dir).fingerprint != offer.fingerprint:
-        raise BadModel(f"{path}: is not the {offer.id!r} that the swarm serves; leave out --model to fetch that")
-    return path
+        raise BadModel(f"{path}: no such file; leave out --model to fetch {target.name!r} from the swarm")
+    manifest = manifest_of(inspect(path).files, data_dir)
+    if manifest.fingerprint != target.fingerprint:
+        raise BadModel(f"{path}: is not the {target.name!r} that the swarm serves; leave out --model to fetch that")
+    return path, manifest
 
 
-async def _fetch(swarm: Swarm, offer: ModelOffer, manifest: Manifest, directory: Path, console: Console) -> Path:
+async def _fetch(swarm: Swarm, target: Target, manifest: Manifest, directory: Path, console: Console) -> Path:
     await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True)
     size = terminal.size_text(manifest.size)
-    console.print(f"fetching {offer.id}, {size}, from {len(swarm.models.holders(offer.fingerprint))} of the swarm")
+    console.print(f"fetching {target.name}, {size}, from {len(swarm.models.holders(target.fingerprint))} of the swarm")
+    with _progress(console) as show:
+        files = await fetch_model(
+            manifest,
+            directory,
+            lambda: swarm.models.holders(target.fingerprint),
+            progress=show,
+            rejected=lambda caller: swarm.distrust(caller, "sent wrong bytes of a model"),
+        )
+    return files[0]
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Callable[[PullProgress], None]]:
+    """A bar for a transfer, on a terminal."""
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("connecting", total=None)
@@ -158,11 +259,4 @@ async def _fetch(swarm: Swarm, offer: ModelOffer, manifest: Manifest, directory:
         def show(now: PullProgress) -> None:
             progress.update(task, completed=now.done, total=now.total, description=progress_text(now))
 
-        files = await fetch_model(
-            manifest,
-            directory,
-            lambda: swarm.models.holders(offer.fingerprint),
-            progress=show,
-            rejected=lambda caller: swarm.distrust(caller, "sent wrong bytes of a model"),
-        )
-    return files[0]
+        yield show

@@ -20,8 +20,11 @@ from swarmcpp.commands import terminal
 from swarmcpp.commands.pull import download, user_catalogue
 from swarmcpp.commands.swarm import in_swarm
 from swarmcpp.config import Config, LoadedConfig, is_loopback
-from swarmcpp.errors import BadConfig
+from swarmcpp.errors import BadConfig, NotEnoughMemory
+from swarmcpp.hardware import read_hardware
+from swarmcpp.models.capacity import choose_capacity
 from swarmcpp.models.download import resolve_model
+from swarmcpp.models.inspect import inspect
 from swarmcpp.supervisor import EngineStatus
 from swarmcpp.swarm.identity import JoinToken
 from swarmcpp.swarm.store import SwarmStore
@@ -48,7 +51,25 @@ async def _run(config: Config, path: Path, name: str | None, console: Console) -
                 raise
             # One machine needs no swarm.
             logger.warning("no other node can join: %s", error)
+        if config.engine.layer_range is not None or (config.swarm.enabled and not await _fits(config, path)):
+            if swarm is None:
+                raise BadConfig("--layers needs a swarm: connect this machine to a network, or say --swarm-host")
+            # Imported here: it says what this module says, and more.
+            from swarmcpp.commands import share
+
+            await share.from_file(config, path, name, console, swarm=swarm, stop=stop)
+            return
         await serve(config, path, name, console, swarm=swarm, stop=stop)
+
+
+async def _fits(config: Config, path: Path) -> bool:
+    file = await asyncio.to_thread(inspect, path)
+    try:
+        memory = node.usable_memory(config, await asyncio.to_thread(read_hardware))
+        choose_capacity(file, memory, config.engine.ctx_size, config.engine.slots)
+    except NotEnoughMemory:
+        return False
+    return True
 
 
 async def _own_swarm(config: Config) -> AbstractAsyncContextManager[Swarm]:
@@ -153,10 +174,6 @@ class LoadingView:
 def ready_text(serving: node.Serving, *, with_key: bool) -> str:
     """What a node says when it can be asked: where, what, how much, and a command to try it."""
     info, status = serving.prepared.info, serving.status
-    body = {"model": info.id, "messages": [{"role": "user", "content": "Hello!"}]}
-    # The key itself is not repeated on a screen that others may see.
-    key = ' -H "Authorization: Bearer $SWARMCPP_API_KEY"' if with_key else ""
-    data = shlex.quote(json.dumps(body, ensure_ascii=False))
     slots = f"{status.slots} slot{'' if status.slots == 1 else 's'} of {status.ctx_size} tokens"
     memory = terminal.size_text(status.resident_bytes)
     threads = serving.prepared.options.threads
@@ -164,12 +181,20 @@ def ready_text(serving: node.Serving, *, with_key: bool) -> str:
     return (
         f"ready: {info.id} at {serving.url}/v1\n"
         f"  {slots}, {memory} of memory, {threads} thread{'' if threads == 1 else 's'}, {cache}\n"
-        f"  curl {serving.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {data}"
-        f"{_join_text(serving.token)}"
+        f"{ask_text(serving.url, info.id, with_key=with_key)}{join_text(serving.token)}"
     )
 
 
-def _join_text(token: JoinToken | None) -> str:
+def ask_text(url: str, model: str, *, with_key: bool) -> str:
+    """A command to try a node."""
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
+    # The key itself is not repeated on a screen that others may see.
+    key = ' -H "Authorization: Bearer $SWARMCPP_API_KEY"' if with_key else ""
+    data = shlex.quote(json.dumps(body, ensure_ascii=False))
+    return f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {data}"
+
+
+def join_text(token: JoinToken | None) -> str:
     """How another machine becomes a part of this."""
     if token is None:
         return ""

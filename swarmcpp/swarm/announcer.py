@@ -154,6 +154,7 @@ def _lasting(capability: Capability) -> Capability:
         hits=CacheHits(),
         blocks=0,
         memory_free=0,
+        stages=tuple(replace(stage, pass_s=()) for stage in capability.stages),
         observed_latencies=(),
         sequence=0,
         heartbeat_s=1.0,

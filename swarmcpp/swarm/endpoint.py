@@ -66,10 +66,14 @@ _TEXT = 1000
 class Limits:
     """Bounds of what peers can make an endpoint hold."""
 
-    tasks: int = 512
-    tasks_per_asker: int = 64
+    tasks: int = 1024
+    tasks_per_asker: int = 256
+    """As many as an honest link has under way: a pass that is refused fails all requests in it."""
     frame_bytes: int = MAX_MESSAGE
     """Of a request's frame; a longer one ends the connection."""
+    payload_per_asker: int = 256 << 20
+    """Bytes beside requests under way: 16 passes of 512 rows of 8,192 floats."""
+    payload: int = 1 << 30
     unread_per_asker: int = 256 << 20
     """Payload bytes that are sent and have not left this node."""
     unread: int = 1 << 30
@@ -100,6 +104,7 @@ Handler = Callable[[Ask, list[memoryview], Responder], Awaitable[None]]
 @dataclass(slots=True)
 class _Asker:
     tasks: dict[bytes, asyncio.Task[None]] = field(default_factory=dict)
+    payload: int = 0
     unread: deque[tuple[zmq.MessageTracker, int]] = field(default_factory=deque)
 
     def unread_bytes(self) -> int:
@@ -154,6 +159,7 @@ class Endpoint:
         self._loops: list[asyncio.Task[None]] = []
         self._askers: dict[bytes, _Asker] = {}
         self._n_tasks = 0
+        self._payload = 0
         self._logged = -_LOG_EVERY_S
         self._closed = False
         self.port = 0
@@ -273,13 +279,23 @@ class Endpoint:
             raise WireError(f"a {type(message).__name__} is no request")
         if known and request in known.tasks:
             raise WireError("the id of a request is in use")
-        if self._n_tasks >= self._limits.tasks or (known and len(known.tasks) >= self._limits.tasks_per_asker):
+        size = sum(len(frame) for frame in frames[2:])
+        if self._is_full(known or _Asker(), size):
             full = "too many requests are under way at this node; try again later"
             self._send(asker, request, Failure(QueueFull.code, full, 1.0))
             return
-        self._start(asker, request, message, [frame.buffer for frame in frames[2:]])
+        self._start(asker, request, message, [frame.buffer for frame in frames[2:]], size)
 
-    def _start(self, asker: bytes, request: bytes, message: Ask, payload: list[memoryview]) -> None:
+    def _is_full(self, known: _Asker, size: int) -> bool:
+        limits = self._limits
+        return (
+            self._n_tasks >= limits.tasks
+            or len(known.tasks) >= limits.tasks_per_asker
+            or self._payload + size > limits.payload
+            or known.payload + size > limits.payload_per_asker
+        )
+
+    def _start(self, asker: bytes, request: bytes, message: Ask, payload: list[memoryview], size: int) -> None:
         if len(self._askers) >= _MANY_ASKERS:
             for idle in [each for each, known in self._askers.items() if known.idle]:
                 del self._askers[idle]
@@ -288,9 +304,13 @@ class Endpoint:
         responder = Responder(self._send, asker, request)
         task = tasks[request] = asyncio.create_task(self._answer(message, payload, responder))
         self._n_tasks += 1
+        self._payload += size
+        known.payload += size
 
         def end(_: asyncio.Task[None]) -> None:
             self._n_tasks -= 1
+            self._payload -= size
+            known.payload -= size
             del tasks[request]
             if known.idle:
                 self._askers.pop(asker, None)

@@ -10,12 +10,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any, Final
 
 from swarmcpp.core import Clock
 from swarmcpp.errors import PeerError, WireError
-from swarmcpp.peers import Capability, Load, ModelOffer, NodeId
-from swarmcpp.peerwire import Alive, Gossip, Leaving, NodeCapability
+from swarmcpp.peers import Capability, Load, ModelOffer, NodeId, StageOffer
+from swarmcpp.peerwire import MAX_PARTS, Alive, Gossip, Leaving, NodeCapability
 from swarmcpp.swarm.announcer import heartbeat_s
 from swarmcpp.telemetry import printable
 
@@ -28,6 +29,12 @@ MAX_PEERS: Final = 1024
 MAX_ADDRESSES: Final = 16
 MAX_MODELS: Final = 64
 MAX_LATENCIES: Final = 32
+MAX_STAGES: Final = 8
+MAX_PASS_TIMES: Final = 16
+MAX_LAYERS: Final = 10_000
+MAX_SEQUENCES: Final = 1024
+"""Of one stage."""
+
 MAX_NAME: Final = 64
 MAX_TEXT: Final = 200
 """Characters of any other text."""
@@ -240,8 +247,8 @@ class Membership:
 def check_capability(capability: Capability) -> Capability:
     """`capability` with texts and lists cut to their limits, if it makes sense; of lists the first entries stay.
 
-    Raises WireError for numbers that are negative, not finite or huge, layer ranges out of order, digests, keys and
-    node ids of a wrong shape.
+    Raises WireError for numbers that are negative, not finite or huge, layer ranges and times of passes out of order,
+    digests, keys and node ids of a wrong shape.
     """
     node = capability.node
     if not _NODE_ID.fullmatch(node):
@@ -254,8 +261,10 @@ def check_capability(capability: Capability) -> Capability:
         addresses=capability.addresses[:MAX_ADDRESSES],
         models=tuple(_check_model(node, model) for model in capability.models[:MAX_MODELS]),
         observed_latencies=capability.observed_latencies[:MAX_LATENCIES],
+        stages=tuple(_check_stage(node, stage) for stage in capability.stages[:MAX_STAGES]),
     )
-    _check_amounts(node, kept, kept.load, kept.hits, *kept.addresses, *kept.models, *kept.observed_latencies)
+    offers = (*kept.models, *kept.stages)
+    _check_amounts(node, kept, kept.load, kept.hits, *kept.addresses, *offers, *kept.observed_latencies)
     if not all(_NODE_ID.fullmatch(each.peer) for each in kept.observed_latencies):
         raise WireError(f"node {node} measured a link to what is no node id (16 hex digits); its news is ignored")
     for address in kept.addresses:
@@ -292,6 +301,32 @@ def _check_model(node: NodeId, model: ModelOffer) -> ModelOffer:
         architecture=_line(model.architecture, MAX_NAME),
         description=_line(model.description, MAX_TEXT),
     )
+
+
+def _check_stage(node: NodeId, stage: StageOffer) -> StageOffer:
+    if not 0 <= stage.first < stage.last <= stage.n_layers <= MAX_LAYERS or len(stage.fingerprint) != DIGEST_BYTES:
+        raise WireError(
+            f"node {node} has a stage of layers {stage.first} to {stage.last} of {stage.n_layers} (at most "
+            f"{MAX_LAYERS}) and a fingerprint of {len(stage.fingerprint)} bytes ({DIGEST_BYTES}); its news is ignored"
+        )
+    if not 0 < len(stage.model) <= MAX_TEXT:
+        raise WireError(
+            f"node {node} has a stage of a model whose id is not 1 to {MAX_TEXT} characters; its news is ignored"
+        )
+    if not 0 <= stage.free <= stage.slots <= MAX_SEQUENCES:
+        raise WireError(
+            f"node {node} has a stage with {stage.free} of {stage.slots} sequences free (at most {MAX_SEQUENCES}); "
+            "its news is ignored"
+        )
+    times = stage.pass_s[:MAX_PASS_TIMES]
+    rows = [n_rows for n_rows, _ in times]
+    rising = all(low < high for low, high in pairwise((0, *rows, MAX_PARTS + 1)))
+    if not rising or not all(0 < seconds <= MAX_AMOUNT for _, seconds in times):
+        raise WireError(
+            f"node {node} has a stage with times of passes that are none (rising rows of 1 to {MAX_PARTS}, seconds "
+            "above 0); its news is ignored"
+        )
+    return replace(stage, pass_s=times)
 
 
 def _check_amounts(node: NodeId, *parts: Any) -> None:

@@ -24,7 +24,9 @@ from swarmcpp.peers import Address, Capability, NodeId
 from swarmcpp.peerwire import (
     PROTOCOL,
     Ask,
+    AskStage,
     BlockPage,
+    CloseSequence,
     FetchBlocks,
     Generate,
     GetChunk,
@@ -32,8 +34,12 @@ from swarmcpp.peerwire import (
     Gossip,
     Hello,
     ListBlocks,
+    OpenSequence,
     Ping,
     Pong,
+    ResumeSequence,
+    RunStage,
+    StoreSequence,
     Welcome,
 )
 from swarmcpp.swarm.announcer import Announcer
@@ -83,6 +89,11 @@ class Services(Protocol):
 
     async def model_file(self, message: GetManifest | GetChunk, respond: Responder) -> None:
         """Send a manifest or a chunk of a model's files."""
+        ...
+
+    async def stage(self, message: AskStage, payload: list[memoryview], respond: Responder) -> None:
+        """Do what a head, or the stage before, asks of a stage of this node. Calls keep their order up to the first
+        `await` that waits."""
         ...
 
 
@@ -370,7 +381,7 @@ class Mesh:
             if dial.node == node:
                 dial.lost.set()
 
-    async def _handle(self, ask: Ask, _payload: list[memoryview], respond: Responder) -> None:
+    async def _handle(self, ask: Ask, payload: list[memoryview], respond: Responder) -> None:
         """Answer one request of a member."""
         match ask:
             case Hello():
@@ -385,6 +396,8 @@ class Mesh:
                 await self._services.list_blocks(ask, respond)
             case GetManifest() | GetChunk():
                 await self._services.model_file(ask, respond)
+            case OpenSequence() | ResumeSequence() | RunStage() | StoreSequence() | CloseSequence():
+                await self._services.stage(ask, payload, respond)
             case _:
                 raise BadRequest(f"{type(ask).__name__} is no request that can be answered")
 

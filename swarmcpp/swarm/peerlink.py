@@ -133,7 +133,7 @@ class PeerLink:
     # -- requests ------------------------------------------------------------------------------------------------
 
     async def ask(
-        self, message: Ask, payload: Sequence[bytes] = (), *, timeout_s: float
+        self, message: Ask, payload: Sequence[bytes | memoryview] = (), *, timeout_s: float
     ) -> tuple[Reply, list[memoryview]]:
         """See `peerwire.Caller`. Between two connections it raises PeerLost at once."""
         request, inbox = self._open(message, payload, single=True)
@@ -160,7 +160,7 @@ class PeerLink:
         finally:
             self._close(request)
 
-    def _open(self, message: Ask, payload: Sequence[bytes], *, single: bool) -> tuple[bytes, _Inbox]:
+    def _open(self, message: Ask, payload: Sequence[bytes | memoryview], *, single: bool) -> tuple[bytes, _Inbox]:
         if len(self._inboxes) >= MAX_OUTSTANDING:
             raise QueueFull(f"{MAX_OUTSTANDING} requests to {self.address} are under way", retry_after=1.0)
         request = next(self._ids).to_bytes(ID_BYTES)
@@ -174,7 +174,7 @@ class PeerLink:
             with contextlib.suppress(PeerLost):
                 self._send([request, encode(Cancel())])
 
-    def _send(self, frames: list[bytes]) -> None:
+    def _send(self, frames: Sequence[bytes | memoryview]) -> None:
         if self._dealer is None:
             raise PeerLost(f"there is no link to {self.address}: {self._reason}")
         # The future is done at once: NOBLOCK forbids queueing in pyzmq.

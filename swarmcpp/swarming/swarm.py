@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -17,8 +18,19 @@ from swarmcpp.core import Clock, GenerateRequest, Limits
 from swarmcpp.errors import UnknownModel
 from swarmcpp.hardware import read_hardware
 from swarmcpp.models.manifest import Manifest
-from swarmcpp.peers import Address, Capability, Load, TokenPart
-from swarmcpp.peerwire import BlockPage, Blocks, Caller, FetchBlocks, Generate, GetChunk, GetManifest, ListBlocks
+from swarmcpp.models.modelfiles import SparseModel
+from swarmcpp.peers import Address, Capability, Load, NodeId, StageOffer, TokenPart
+from swarmcpp.peerwire import (
+    AskStage,
+    BlockPage,
+    Blocks,
+    Caller,
+    FetchBlocks,
+    Generate,
+    GetChunk,
+    GetManifest,
+    ListBlocks,
+)
 from swarmcpp.status import EventRow, SwarmStatus
 from swarmcpp.swarm.discovery import Discovery, lan_addresses
 from swarmcpp.swarm.endpoint import Responder
@@ -31,13 +43,18 @@ from swarmcpp.swarm.store import Identity, SwarmStore
 from swarmcpp.swarm.trust import TrustBook
 from swarmcpp.swarming.blocks import SharedBlocks
 from swarmcpp.swarming.models import Served, SwarmModels
+from swarmcpp.swarming.pipelines import Pipelines
 from swarmcpp.swarming.requests import Requests
+from swarmcpp.swarming.stages import StageService
 from swarmcpp.swarming.view import node_row, request_rows
 
 logger = logging.getLogger(__name__)
 
 TELL_S: Final = 0.25
 """How often the node looks at itself for news."""
+
+STAGES_S: Final = 2.0
+"""How often what changes with every request is told of stages."""
 
 SAVE_S: Final = 30.0
 """How often trust and peers are written, when they changed."""
@@ -66,6 +83,11 @@ class Swarm:
         self.mesh = Mesh(key, identity, self, clock=clock)
         self.trust = TrustBook(store.trust_path, clock)
         self.models = SwarmModels(self.mesh, config.storage.data_dir)
+        self.stages = StageService(identity.node_id, self.mesh.caller, clock)
+        compression = config.inference.activation_compression
+        self.pipelines = Pipelines(identity.node_id, self.mesh, self.stages, compression=compression)
+        self._told: tuple[StageOffer, ...] = ()
+        self._told_at = clock()
         self.blocks = SharedBlocks(config, key, self.mesh, self.trust, self.models, clock)
         queue_size = config.server.queue_size
         self.requests = Requests(identity.node_id, queue_size, self.mesh, self.models, self.blocks, clock)
@@ -118,11 +140,23 @@ class Swarm:
         """What another machine needs to join."""
         return JoinToken(self.key, self._addresses[:MAX_TOKEN_ADDRESSES])
 
-    def serve(self, served: Served, manifest: Manifest, files: Sequence[Path]) -> None:
-        """Offer the local engine, which is ready, and the model's files. Raises BadModel when these are gone."""
-        self._files.offer(manifest, files)
+    @property
+    def node_id(self) -> NodeId:
+        """This node's own."""
+        return self._identity.node_id
+
+    def serve(self, served: Served) -> None:
+        """Offer what answers requests on this node."""
         self.models.served = served
         self.mesh.announcer.capability(self.capability())
+
+    def give(self, manifest: Manifest, files: Sequence[Path]) -> None:
+        """Give a model's files to peers. Raises BadModel when they are gone."""
+        self._files.offer(manifest, files)
+
+    def give_parts(self, parts: SparseModel) -> None:
+        """Give the chunks of a model that are here to peers."""
+        self._files.offer_parts(parts)
 
     async def _clockwork(self) -> None:
         """Tell news of this node, and save now and then."""
@@ -153,7 +187,7 @@ class Swarm:
     def capability(self) -> Capability:
         """See `mesh.Services`."""
         served, cache = self.models.served, self.blocks.cache
-        load = served.replica.load(self.requests.tally.ttft_s) if served else Load()
+        load = served.runner.load(self.requests.tally.ttft_s) if served else Load()
         return Capability(
             node=self._identity.node_id,
             boot=self._identity.boot,
@@ -161,17 +195,40 @@ class Swarm:
             addresses=self._addresses,
             pub_port=self.mesh.endpoint.pub_port,
             version=__version__,
-            state=served.replica.supervisor.status.state if served else "starting",
+            state=served.runner.status.state if served else "starting",
             cpu=self._hardware.cpu_model,
             cores=self._hardware.physical_cores,
             memory_total=self._hardware.memory_total,
             memory_free=self._hardware.memory_available,
-            models=(served.offer,) if served else (),
+            models=(served.offer,) if served and served.runner.usable else (),
             load=load,
             hits=self.requests.tally.hits(),
             blocks=cache.stats().blocks if cache else 0,
             observed_latencies=self.mesh.links.observed(),
+            stages=self._stages(),
+            memory_model=self._memory_model(served),
         )
+
+    def _stages(self) -> tuple[StageOffer, ...]:
+        """This node's stages. Their times and free sequences change with every request, and are told now and then."""
+        now, offers = self._clock(), self.pipelines.offers()
+        same = [_settled(each) for each in offers] == [_settled(each) for each in self._told]
+        if not same or now - self._told_at >= STAGES_S:
+            self._told, self._told_at = offers, now
+        return self._told
+
+    def _memory_model(self, served: Served | None) -> int:
+        own = served.replica.status.resident_bytes if served and served.replica else 0
+        resident = self.pipelines.resident_bytes + own
+        limit = self._config.engine.memory_bytes
+        free = self._hardware.memory_available + resident
+        return free if limit is None else min(limit, free)
+
+    def capabilities(self) -> list[Capability]:
+        """What the nodes that can be asked now say of themselves, this one first."""
+        callers = self.mesh.callers()
+        peers = [view.capability for view in self.mesh.membership.peers() if view.capability.node in callers]
+        return [self.capability(), *peers]
 
     # -- what peers ask ------------------------------------------------------------------------------------------
 
@@ -183,12 +240,12 @@ class Swarm:
 
         async def run(request: GenerateRequest) -> AsyncGenerator[TokenPart, None]:
             with self.requests.tracked(request, "for a peer") as row:
-                async with aclosing(self.requests.run_here(served.replica, request)) as parts:
+                async with aclosing(self.requests.run_here(served.runner, request)) as parts:
                     async for part in parts:
                         row.generated += len(part.tokens)
                         yield part
 
-        limits = Limits(ctx_size=served.replica.ctx_size, n_vocab=served.offer.n_vocab)
+        limits = Limits(ctx_size=served.runner.ctx_size, n_vocab=served.offer.n_vocab)
         await serve_generate(message, respond.send, run, limits)
 
     async def fetch_blocks(self, message: FetchBlocks, respond: Responder) -> None:
@@ -209,6 +266,10 @@ class Swarm:
         reply, payload = await self._files.answer(message)
         respond.send(reply, payload)
 
+    async def stage(self, message: AskStage, payload: list[memoryview], respond: Responder) -> None:
+        """See `mesh.Services`."""
+        await self.stages.answer(message, payload, respond)
+
     # -- status --------------------------------------------------------------------------------------------------
 
     def status(self) -> SwarmStatus:
@@ -224,3 +285,8 @@ class Swarm:
             events=tuple(EventRow(now - at, text) for at, text in self.mesh.events),
             at=time.time(),
         )
+
+
+def _settled(offer: StageOffer) -> StageOffer:
+    """An offer without what changes with every request."""
+    return replace(offer, free=0, pass_s=())

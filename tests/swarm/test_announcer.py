@@ -9,7 +9,7 @@ from gossip_support import OTHER, PEER, ROOT, block_id, capability
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcpp.peers import CacheHits, Load, ObservedLatency
+from swarmcpp.peers import CacheHits, Load, ObservedLatency, StageOffer
 from swarmcpp.peerwire import MAX_IDS, Alive, Gossip, Leaving, NodeCapability, PrefixCacheAnnounce, decode, encode
 from swarmcpp.swarm.announcer import Announcer, heartbeat_s
 from swarmcpp.swarm.holders import Holders
@@ -102,6 +102,31 @@ def test_figures_that_change_all_the_time_wait_for_the_regular_capability(
     assert len(said) == 11, "a capability is a heartbeat too"
     beats = [gossip.news.load.decode_tps for _, gossip in said if isinstance(gossip.news, Alive)]
     assert set(beats) == {5.0}
+
+
+def test_stages_are_told_at_once_and_their_times_with_the_regular_capability(
+    announcer: Announcer, clock: FakeClock
+) -> None:
+    stage = StageOffer(
+        model="tiny",
+        fingerprint=b"f" * 32,
+        first=0,
+        last=8,
+        n_layers=24,
+        ctx_size=4096,
+        slots=4,
+        free=4,
+        pass_s=((1, 0.1),),
+    )
+    clock.advance(0.5)
+    for told in (stage, replace(stage, free=3)):
+        announcer.capability(capability(boot=3, stages=(told,)))
+        [gossip] = announcer.poll()
+        assert isinstance(gossip.news, NodeCapability)
+        assert gossip.news.capability.stages == (told,)
+        clock.advance(0.5)
+    announcer.capability(capability(boot=3, stages=(replace(stage, free=3, pass_s=((1, 0.2),)),)))
+    assert announcer.poll() == []
 
 
 def test_load_is_told_early_but_four_times_a_second_at_most(announcer: Announcer, clock: FakeClock) -> None:

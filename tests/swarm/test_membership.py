@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcpp.errors import PeerError, WireError
-from swarmcpp.peers import Address, CacheHits, Capability, Load, ObservedLatency
+from swarmcpp.peers import Address, CacheHits, Capability, Load, ObservedLatency, StageOffer
 from swarmcpp.peerwire import Alive, Gossip, Leaving, NodeCapability, PrefixCacheAnnounce
 from swarmcpp.swarm.announcer import heartbeat_s
 from swarmcpp.swarm.membership import MAX_PEERS, Heard, Membership, Status, check_capability
@@ -190,6 +190,17 @@ def test_nonsense_is_refused_and_counts_as_lost(members: Membership) -> None:
 
 
 ADDRESS = Address("192.0.2.1", 17610, "k" * 40)
+STAGE = StageOffer(
+    model="tiny",
+    fingerprint=b"f" * 32,
+    first=8,
+    last=24,
+    n_layers=24,
+    ctx_size=4096,
+    slots=4,
+    free=2,
+    pass_s=((1, 0.05), (16, 0.2), (512, 3.0)),
+)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +238,26 @@ ADDRESS = Address("192.0.2.1", 17610, "k" * 40)
         {"models": (offer(id=""),)},
         {"models": (offer(id="m" * 201),)},
         {"models": (offer(ctx_size=-1),)},
+        {"stages": (replace(STAGE, fingerprint=b"f"),)},
+        {"stages": (replace(STAGE, model=""),)},
+        {"stages": (replace(STAGE, model="m" * 201),)},
+        {"stages": (replace(STAGE, first=-1),)},
+        {"stages": (replace(STAGE, first=24),)},
+        {"stages": (replace(STAGE, last=25),)},
+        {"stages": (replace(STAGE, n_layers=10_001),)},
+        {"stages": (replace(STAGE, ctx_size=-1),)},
+        {"stages": (replace(STAGE, free=5),)},
+        {"stages": (replace(STAGE, free=-1),)},
+        {"stages": (replace(STAGE, slots=1025),)},
+        {"stages": (replace(STAGE, pass_s=((0, 1.0),)),)},
+        {"stages": (replace(STAGE, pass_s=((513, 1.0),)),)},
+        {"stages": (replace(STAGE, pass_s=((8, 1.0), (8, 2.0))),)},
+        {"stages": (replace(STAGE, pass_s=((8, 1.0), (4, 2.0))),)},
+        {"stages": (replace(STAGE, pass_s=((8, 0.0),)),)},
+        {"stages": (replace(STAGE, pass_s=((8, -1.0),)),)},
+        {"stages": (replace(STAGE, pass_s=((8, math.nan),)),)},
+        {"stages": (replace(STAGE, pass_s=((8, math.inf),)),)},
+        {"stages": (STAGE, replace(STAGE, n_layers=0))},
     ],
 )
 def test_capabilities_that_make_no_sense_are_refused(changes: dict[str, Any]) -> None:
@@ -245,12 +276,16 @@ def test_capabilities_are_cut_to_their_limits() -> None:
             addresses=(ADDRESS,) * 50,
             models=(offer(description="d" * 5000, root=b"", token_bytes=0),) * 100,
             observed_latencies=(ObservedLatency(OTHER, 0.1),) * 100,
+            stages=(STAGE, replace(STAGE, pass_s=tuple((rows, 0.1) for rows in range(1, 33)))) * 8,
         )
     )
     assert checked.name.startswith("evil[31m name n")
     assert (len(checked.name), len(checked.cpu), len(checked.version)) == (64, 200, 64)
     assert (len(checked.addresses), len(checked.models), len(checked.observed_latencies)) == (16, 64, 32)
     assert len(checked.models[0].description) == 200
+    assert len(checked.stages) == 8
+    assert checked.stages[0] == STAGE
+    assert [rows for rows, _ in checked.stages[1].pass_s] == list(range(1, 17))
 
 
 NODES = (PEER, OTHER)

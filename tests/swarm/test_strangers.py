@@ -11,7 +11,7 @@ import zmq
 from swarm_support import DEADLINE_S, HOST, Peers, pong, swarm
 
 from swarmcpp.core import GenerateRequest
-from swarmcpp.peers import Address, Capability, Load, TokenPart
+from swarmcpp.peers import Address, Capability, Load, StageOffer, TokenPart
 from swarmcpp.peerwire import (
     Alive,
     Ask,
@@ -19,6 +19,7 @@ from swarmcpp.peerwire import (
     Blocks,
     Cancel,
     ChunkReply,
+    CloseSequence,
     Failure,
     FetchBlocks,
     Generate,
@@ -26,16 +27,24 @@ from swarmcpp.peerwire import (
     GetManifest,
     Gossip,
     Hello,
+    Hop,
     KeepAlive,
     Leaving,
     ListBlocks,
     ManifestReply,
     NodeCapability,
+    OpenSequence,
     Part,
+    PassPart,
+    PassReply,
     PeerMessage,
     Ping,
     Pong,
     PrefixCacheAnnounce,
+    ResumeSequence,
+    RunStage,
+    SequenceReady,
+    StoreSequence,
     Welcome,
     encode,
 )
@@ -47,9 +56,21 @@ AT_ONCE = 200
 MUTANTS = 1000
 NODE = "0123456789abcdef"
 ADDRESS = Address(HOST, 1, "k" * 40)
-CAPABILITY = Capability(NODE, 1, "n", (ADDRESS,), 2, "v", "ready", "cpu", 4, 1 << 30, 1 << 29, ())
 ROOT = b"r" * 32
 IDS = (b"a" * 16, b"b" * 16)
+STAGE = StageOffer(
+    model="tiny",
+    fingerprint=ROOT,
+    first=4,
+    last=8,
+    n_layers=8,
+    ctx_size=4096,
+    slots=4,
+    free=2,
+    pass_s=((1, 0.1), (64, 0.5)),
+)
+CAPABILITY = Capability(NODE, 1, "n", (ADDRESS,), 2, "v", "ready", "cpu", 4, 1 << 30, 1 << 29, (), stages=(STAGE,))
+HOP = Hop(NODE, 4, 8)
 
 MESSAGES: list[PeerMessage] = [
     Hello(1, 1, CAPABILITY),
@@ -60,6 +81,11 @@ MESSAGES: list[PeerMessage] = [
     ListBlocks(ROOT),
     GetManifest(ROOT),
     GetChunk(ROOT, 3),
+    OpenSequence(ROOT, HOP, IDS[0], 1, (ROOT,), 3, GenerateRequest("r", "m", (1, 2, 3), 10)),
+    ResumeSequence(ROOT, HOP, IDS[0], 1, 2),
+    RunStage(ROOT, HOP, (PassPart(IDS[0], 1, 0, 3, True), PassPart(IDS[1], 1, 9, 1, False)), "f32", (HOP,), "q8_0"),
+    StoreSequence(ROOT, HOP, IDS[0], 1, (ROOT,)),
+    CloseSequence(ROOT, HOP, IDS[0]),
     Welcome(1, CAPABILITY, (ADDRESS,)),
     Pong(),
     Part(TokenPart((1, 2), "stop")),
@@ -68,6 +94,8 @@ MESSAGES: list[PeerMessage] = [
     BlockPage(IDS, 1, True),
     ManifestReply(),
     ChunkReply(),
+    SequenceReady(3),
+    PassReply((1, 2), ((0.1, 0.2),)),
     Failure("queue_full", "busy", 1.0),
     Gossip(NODE, 1, 1, Alive(Load())),
     Gossip(NODE, 1, 2, PrefixCacheAnnounce(ROOT, IDS, IDS)),

@@ -281,6 +281,24 @@ async def test_too_many_requests_of_one_asker_are_refused_and_others_are_not(pee
     assert await ping(second) == [b""]
 
 
+async def test_payload_of_requests_under_way_is_bounded(peers: Peers) -> None:
+    holding = Holding()
+    _, address = await peers.endpoint(holding, limits=Limits(payload_per_asker=2000, payload=3000))
+    first, second = peers.link(address), peers.link(address)
+    held = [asyncio.create_task(first.ask(MANIFEST, (bytes(500), bytes(500)), timeout_s=DEADLINE_S)) for _ in range(2)]
+    await until(lambda: holding.started == 2, "two are held")
+    with pytest.raises(QueueFull):
+        await first.ask(MANIFEST, (b"x",), timeout_s=DEADLINE_S)
+    held += [asyncio.create_task(second.ask(MANIFEST, (bytes(1000),), timeout_s=DEADLINE_S))]
+    await until(lambda: holding.started == 3, "three are held")
+    with pytest.raises(QueueFull):
+        await second.ask(MANIFEST, (b"x",), timeout_s=DEADLINE_S)
+    assert await ping(second) == [b""]
+    holding.release.set()
+    await asyncio.gather(*held)
+    assert await ping(first, 1, (bytes(2000),)) == [bytes(2000), b"x"]
+
+
 async def test_requests_under_way_on_a_link_are_bounded(peers: Peers) -> None:
     holding = Holding()
     _, address = await peers.endpoint(holding, limits=Limits(tasks_per_asker=1000))

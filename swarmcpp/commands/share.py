@@ -1,0 +1,118 @@
+"""What `serve` and `join` have in common for a model that several machines share: which layers, and what is said."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from rich.console import Console
+
+from swarmcpp import layers
+from swarmcpp.commands import terminal
+from swarmcpp.commands.serve import LoadingView, ask_text, join_text
+from swarmcpp.config import Config
+from swarmcpp.errors import NotEnoughMemory
+from swarmcpp.hardware import read_hardware
+from swarmcpp.layerhost import SHARED_CTX, SHARED_SLOTS, Obtain, Range, SharedModel, check_range
+from swarmcpp.models.capacity import choose_capacity
+from swarmcpp.models.inspect import ModelFile, inspect
+from swarmcpp.models.manifest import Manifest, manifest_of
+from swarmcpp.models.slicestore import SliceFiles, SliceStore
+from swarmcpp.models.slicing import check_sliceable
+from swarmcpp.node import usable_memory
+from swarmcpp.route.placement import place
+from swarmcpp.route.placement_words import explain
+from swarmcpp.swarming.placing import machines_of, shape_of
+from swarmcpp.swarming.swarm import Swarm
+
+
+def fits_whole(config: Config, file: ModelFile) -> bool:
+    """Whether this machine can hold all of a model. Blocking."""
+    try:
+        choose_capacity(file, usable_memory(config, read_hardware()), config.engine.ctx_size, config.engine.slots)
+    except NotEnoughMemory:
+        return False
+    return True
+
+
+def shared_model(config: Config, swarm: Swarm, manifest: Manifest, file: ModelFile, name: str) -> SharedModel:
+    """A model with the contexts that its stages have everywhere: those of the swarm, or as asked for here."""
+    stage = next((each.offer for each in swarm.pipelines.seen(manifest.fingerprint)), None)
+    ctx_size = stage.ctx_size if stage else config.engine.ctx_size or min(file.n_ctx_train, SHARED_CTX)
+    slots = stage.slots if stage else config.engine.slots or SHARED_SLOTS
+    return SharedModel(stage.model if stage else name, manifest, file, ctx_size, slots)
+
+
+def choose_layers(config: Config, swarm: Swarm, model: SharedModel) -> Range:
+    """The layers that this node shall run: those that were asked for, or where it is of most use. Blocking.
+
+    Raises BadConfig, BadModel, and NotEnoughMemory when it has no room or no use for any.
+    """
+    wanted = config.engine.layer_range
+    if wanted is not None:
+        check_range(model, wanted, usable_memory(config, read_hardware()))
+        return wanted
+    check_sliceable(model.file, 0, model.file.n_layers)
+    shape = shape_of(model.file, model.manifest.fingerprint, model.ctx_size, model.slots)
+    placement = place(shape, machines_of(swarm.capabilities(), shape.fingerprint))
+    found = placement.wanted(swarm.node_id)
+    if found is None:
+        raise NotEnoughMemory(
+            f"{model.id}: no layers for this machine: {' '.join(explain(placement))} "
+            "`--layers A-B` or more --memory overrule that"
+        )
+    return found
+
+
+async def from_file(
+    config: Config, path: Path, name: str | None, console: Console, *, swarm: Swarm, stop: asyncio.Event
+) -> None:
+    """Run layers of the model at `path`, which is here as a whole, until `stop`. Raises StartupError, SwarmError."""
+    data_dir = config.storage.data_dir
+    file = await asyncio.to_thread(inspect, path)
+    manifest = await asyncio.to_thread(manifest_of, file.files, data_dir)
+    model = shared_model(config, swarm, manifest, file, name or path.stem)
+    store = SliceStore(data_dir)
+
+    async def obtain(first: int, last: int) -> SliceFiles:
+        return await asyncio.to_thread(store.from_file, path, first, last)
+
+    swarm.give(manifest, file.files)
+    await run(config, model, console, swarm=swarm, obtain=obtain, stop=stop)
+
+
+async def run(
+    config: Config, model: SharedModel, console: Console, *, swarm: Swarm, obtain: Obtain, stop: asyncio.Event
+) -> None:
+    """Run layers of `model` until `stop`, telling the terminal how it goes. Raises StartupError, SwarmError."""
+    chosen = await asyncio.to_thread(choose_layers, config, swarm, model)
+    view = LoadingView(console, f"layers {chosen[0]}-{chosen[1]} of {model.id}")
+
+    def ready(serving: layers.SharedServing) -> None:
+        view.close()
+        text = ready_text(serving, with_key=config.server.api_key is not None)
+        terminal.stdout().print(text, soft_wrap=True)
+
+    try:
+        await layers.run(
+            config, model, chosen, swarm=swarm, obtain=obtain, on_progress=view.update, on_ready=ready, stop=stop
+        )
+    finally:
+        view.close()
+
+
+def ready_text(serving: layers.SharedServing, *, with_key: bool) -> str:
+    """What a node with layers says when they are loaded: which, what is missing, and how to ask or to go on."""
+    model, status = serving.model, serving.status
+    first, last = serving.layers
+    memory = terminal.size_text(status.resident_bytes)
+    head = "answers requests" if serving.is_head else "computes for the node with the first layer"
+    lines = [
+        f"ready: layers {first}-{last} of {model.file.n_layers} of {model.id} at {serving.url}/v1",
+        f"  {status.slots} slots of {status.ctx_size} tokens, {memory} of memory; {head}",
+    ]
+    if serving.missing:
+        lines.append(f"  cannot answer yet: {serving.missing}")
+    else:
+        lines.append(ask_text(serving.url, model.id, with_key=with_key))
+    return "\n".join(lines) + join_text(serving.token)

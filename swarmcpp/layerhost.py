@@ -1,0 +1,184 @@
+"""The stages that a node runs of one model: loaded, drained and unloaded by ranges of layers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from swarmcpp.config import Config
+from swarmcpp.core import KvLayout, Limits
+from swarmcpp.engineprocess import EngineStatus
+from swarmcpp.errors import NotEnoughMemory
+from swarmcpp.hardware import Hardware, disk_free, read_hardware
+from swarmcpp.kv.arena import Arena
+from swarmcpp.kv.cache import PrefixCache
+from swarmcpp.kv.keys import KvIdentity
+from swarmcpp.llama.backend import GGML_TYPE_F16
+from swarmcpp.llama.probe import probe
+from swarmcpp.models.capacity import gigabytes, stage_memory
+from swarmcpp.models.inspect import ModelFile
+from swarmcpp.models.manifest import Manifest
+from swarmcpp.models.slicestore import SliceFiles
+from swarmcpp.models.slicing import check_sliceable
+from swarmcpp.node import DISK_SHARE, MEMORY_SHARE
+from swarmcpp.route.passes import PassTimes
+from swarmcpp.stages import StageRef
+from swarmcpp.stagesupervisor import StageSupervisor
+from swarmcpp.swarm.stagecall import StageBounds
+from swarmcpp.swarming.pipelines import OwnStage
+from swarmcpp.swarming.swarm import Swarm
+from swarmcpp.wire import EngineOptions
+
+logger = logging.getLogger(__name__)
+
+SHARED_CTX: Final = 4096
+SHARED_SLOTS: Final = 4
+"""What a model that is too large for one machine gets when nothing else is said: the rest is for weights."""
+
+Range = tuple[int, int]
+Obtain = Callable[[int, int], Awaitable[SliceFiles]]
+"""The slice of a range, made or fetched. Raises StartupError."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedModel:
+    """A model whose layers several machines share, and how: every stage has the same contexts."""
+
+    id: str
+    manifest: Manifest
+    file: ModelFile
+    """Inspected: the model's own file, or its header only."""
+    ctx_size: int
+    slots: int
+
+
+def check_range(model: SharedModel, wanted: Range, memory: int) -> None:
+    """Raises BadConfig and BadModel for layers that are none or no slice, NotEnoughMemory when they do not fit."""
+    check_sliceable(model.file, *wanted)
+    need = stage_memory(model.file, *wanted, model.ctx_size, model.slots).total
+    if need > memory:
+        raise NotEnoughMemory(
+            f"{model.file.path}: layers {wanted[0]}-{wanted[1]} with {model.slots} slots of {model.ctx_size} tokens "
+            f"need {gigabytes(need)}, and {gigabytes(memory)} may be used; take fewer --layers, a smaller --ctx-size "
+            "or fewer --slots"
+        )
+
+
+class LayerHost:
+    """The stages of one model on this node. Used on the event loop's thread."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: SharedModel,
+        swarm: Swarm,
+        obtain: Obtain,
+        on_progress: Callable[[EngineStatus], None] = lambda _status: None,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._swarm = swarm
+        self._obtain = obtain
+        self._on_progress = on_progress
+        self.stages: dict[Range, OwnStage] = {}
+
+    @property
+    def status(self) -> EngineStatus:
+        """Of the stage that is best off: others may be loading beside it."""
+        states = [stage.supervisor.status for stage in self.stages.values()]
+        return next((each for each in states if each.state == "ready"), states[0] if states else EngineStatus())
+
+    async def acquire(self, first: int, last: int) -> SliceFiles:
+        """Load [first, last), and run it for the swarm. Raises StartupError, EngineFailed; then nothing of it stays."""
+        files = await self._obtain(first, last)
+        options, hardware = await asyncio.to_thread(self._options, files.slice)
+        model = self._model
+        ref = StageRef(self._swarm.node_id, model.manifest.fingerprint, first, last, model.file.n_layers)
+        times = PassTimes(time.monotonic)
+
+        def open_cache(layout: KvLayout) -> PrefixCache | None:
+            return open_stage_cache(self._config, model, (first, last), layout, hardware)
+
+        supervisor = StageSupervisor(options, on_change=self._on_progress, on_pass=times.add, open_cache=open_cache)
+        stage = self.stages[first, last] = OwnStage(ref, model.id, supervisor, times)
+        try:
+            supervisor.start()
+            await supervisor.wait_ready()
+        except BaseException:
+            del self.stages[first, last]
+            await supervisor.close()
+            raise
+        limits = Limits(ctx_size=supervisor.status.ctx_size, n_vocab=model.file.n_vocab)
+        self._swarm.pipelines.host(stage, StageBounds(limits, model.file.n_embd))
+        if files.parts is not None:
+            self._swarm.give_parts(files.parts)
+        return files
+
+    async def release(self, first: int, last: int) -> None:
+        """Unload [first, last); what runs there is lost to its heads, which find another chain."""
+        stage = self.stages.pop((first, last))
+        self._swarm.pipelines.drop(stage.ref)
+        await stage.supervisor.close()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no head has a sequence on a stage that drains."""
+        return all(stage.supervisor.free == stage.supervisor.slots for stage in self.stages.values() if stage.draining)
+
+    async def close(self) -> None:
+        """Unload all."""
+        for first, last in list(self.stages):
+            await self.release(first, last)
+
+    def _options(self, path: Path) -> tuple[EngineOptions, Hardware]:
+        config, hardware = self._config, read_hardware()
+        inference = config.inference
+        options = EngineOptions(
+            model_path=str(path.resolve()),
+            ctx_size=self._model.ctx_size,
+            slots=self._model.slots,
+            threads=config.engine.threads or hardware.physical_cores,
+            use_extra_bufts=probe(config.storage.data_dir).chosen.use_extra_bufts,
+            prefill_chunk_tokens=inference.prefill_chunk_tokens,
+            prefill_budget_s=inference.prefill_budget_ms / 1000,
+            continuous_batching=inference.continuous_batching,
+            batched_prefill_forward=inference.batched_prefill_forward,
+            prefix_block_tokens=inference.prefix_cache_block_tokens if inference.prefix_cache_enabled else 0,
+            diag=logger.isEnabledFor(logging.DEBUG),
+            stage=True,
+        )
+        return options, hardware
+
+
+def kv_identity(config: Config, fingerprint: bytes) -> KvIdentity:
+    """What the keys of a model's blocks depend on; the same at the head and on all stages."""
+    block_tokens = config.inference.prefix_cache_block_tokens
+    return KvIdentity(fingerprint, block_tokens, (GGML_TYPE_F16, GGML_TYPE_F16))
+
+
+def open_stage_cache(
+    config: Config, model: SharedModel, layers: Range, layout: KvLayout, hardware: Hardware
+) -> PrefixCache | None:
+    """The blocks of one range of layers; None, with a line in the log, when there can be none. Blocking."""
+    identity = kv_identity(config, model.manifest.fingerprint)
+    directory = config.storage.data_dir / "arena"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        default = min(disk_free(directory) // DISK_SHARE, hardware.memory_total // MEMORY_SHARE)
+        arena = Arena.open(
+            directory,
+            identity.arena_root(*layers),
+            layout.token_bytes * identity.block_tokens,
+            config.storage.cache_bytes,
+            default,
+            f"{model.id} {layers[0]}-{layers[1]}",
+        )
+    except OSError as error:
+        logger.warning("no cache on disk: %s", error)
+        return None
+    return PrefixCache(arena, identity, config.inference.prefix_cache_max_entries) if arena else None

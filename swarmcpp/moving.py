@@ -1,0 +1,62 @@
+"""Keeps a node's layers where the placement wants them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from swarmcpp.errors import SwarmError
+from swarmcpp.layerhost import LayerHost, SharedModel
+from swarmcpp.route.autoshard import Acquire, AutoShard, Drain, HeldStage, Release, Resume
+from swarmcpp.route.pipelines import ModelShape, stage_bytes
+from swarmcpp.route.placement import place
+from swarmcpp.swarming.placing import machines_of, shape_of
+from swarmcpp.swarming.swarm import Swarm
+
+TICK_S: Final = 5.0
+"""Between two looks at the placement; a node moves after three that want the same."""
+
+Load = Callable[[int, int], Awaitable[None]]
+"""Loads a range of layers, and does what this node can do with them. Raises SwarmError."""
+
+
+async def keep_placed(host: LayerHost, load: Load, model: SharedModel, swarm: Swarm) -> None:
+    """Move this node's layers where the placement wants them, a step at a time, for ever."""
+    shape = await asyncio.to_thread(shape_of, model.file, model.manifest.fingerprint, model.ctx_size, model.slots)
+    shard = AutoShard(swarm.node_id, shape.n_layers)
+    while True:
+        await asyncio.sleep(TICK_S)
+        try:
+            await _tick(host, load, shard, shape, swarm)
+        except SwarmError as error:
+            swarm.mesh.note(f"layers could not be moved: {error}")
+
+
+async def _tick(host: LayerHost, load: Load, shard: AutoShard, shape: ModelShape, swarm: Swarm) -> None:
+    capabilities = swarm.capabilities()
+    machines = machines_of(capabilities, shape.fingerprint)
+    placement = await asyncio.to_thread(place, shape, machines)
+    wanted = placement.wanted(swarm.node_id)
+    stages = [
+        HeldStage(capability.node, each.first, each.last, "draining" if each.draining else "ready")
+        for capability in capabilities
+        for each in capability.stages
+        if each.fingerprint == shape.fingerprint
+    ]
+    own = next((each for each in machines if each.node == swarm.node_id), None)
+    held = sum(stage_bytes(shape, *each, shape.slots, shape.ctx_size) for each in host.stages)
+    needed = stage_bytes(shape, *wanted, shape.slots, shape.ctx_size) if wanted else 0
+    fits = own is not None and held + needed <= own.memory
+    action = shard.tick(wanted, stages, fits=fits, idle=host.idle)
+    match action:
+        case Acquire(first=first, last=last):
+            swarm.mesh.note(f"loading layers {first}-{last}: the swarm is faster with them here")
+            await load(first, last)
+        case Drain(first=first, last=last):
+            host.stages[first, last].draining = True
+        case Resume(first=first, last=last):
+            host.stages[first, last].draining = False
+        case Release(first=first, last=last):
+            swarm.mesh.note(f"layers {first}-{last} are held by others and unloaded here")
+            await host.release(first, last)

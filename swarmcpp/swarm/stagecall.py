@@ -1,0 +1,257 @@
+"""What is checked and converted where a stage is asked over the network. Pure: neither sockets nor tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from swarmcpp.core import GenerateRequest, Limits
+from swarmcpp.errors import StageFailed, SwarmError, WireError, by_code
+from swarmcpp.peerwire import (
+    MAX_MESSAGE,
+    MAX_PARTS,
+    Hop,
+    OpenSequence,
+    PassPart,
+    PassReply,
+    Reply,
+    ResumeSequence,
+    RunStage,
+    SequenceReady,
+    StoreSequence,
+)
+from swarmcpp.stages import Pass, Passed, SequencePart, StageRef, StageTime
+from swarmcpp.swarm.remote import check_request
+from swarmcpp.telemetry import printable
+from swarmcpp.wire import RowEncoding
+
+LEAST_S: Final = 3.0
+"""The shortest time-out of a pass: a machine that swaps or whose link stalls for a moment is not lost."""
+
+PATIENCE: Final = 8.0
+"""Times what passes took lately."""
+
+UNKNOWN_S: Final = 60.0
+"""The time-out of passes of which nothing is known: the first one reads all weights from a cold disk."""
+
+HOP_PATIENCE: Final = 1 / 6
+"""How much longer a hop waits for each stage beyond the next one, so that of a chain that hangs the last hop before the
+stage that hangs gives up first, and names it."""
+
+MAX_TIMES: Final = 256
+DECAY: Final = 0.9
+MAX_ID: Final = 2**31 - 1
+MAX_EPOCH: Final = 2**31 - 1
+
+
+class StageHost(Protocol):
+    """One stage on this node. What `stages.StageCaller` says holds for it too, but that `run` ends at this stage."""
+
+    async def open(
+        self, sequence: bytes, epoch: int, keys: Sequence[bytes], request: GenerateRequest | None, n_tokens: int
+    ) -> int:
+        """See `stages.StageCaller.open`."""
+        ...
+
+    async def resume(self, sequence: bytes, epoch: int, n_tokens: int) -> int:
+        """See `stages.StageCaller.resume`."""
+        ...
+
+    async def run(
+        self, parts: Sequence[SequencePart], encoding: RowEncoding, rows: bytes | memoryview, reply: RowEncoding
+    ) -> tuple[tuple[int, ...], bytes | memoryview | None, float, float]:
+        """(ids, rows encoded as `reply`, compute_s, queue_s): ids of a tail, rows of any other. Calls keep their order.
+
+        Raises what `StageCaller` documents for its other methods.
+        """
+        ...
+
+    async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:
+        """See `stages.StageCaller.store`."""
+        ...
+
+    async def close_sequence(self, sequence: bytes) -> None:
+        """See `stages.StageCaller.close`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StageBounds:
+    """What a stage can take: tokens of a sequence and of the vocabulary (which only a tail needs), values of a row."""
+
+    limits: Limits
+    n_embd: int
+
+
+def hop(ref: StageRef) -> Hop:
+    """A stage as messages have it, beside the model's fingerprint."""
+    return Hop(ref.node, ref.first, ref.last)
+
+
+def run_message(ref: StageRef, work: Pass) -> RunStage:
+    """The request for a pass that begins at `ref`."""
+    parts = tuple(PassPart(each.sequence, each.epoch, each.start, each.count, each.output) for each in work.parts)
+    onward = tuple(hop(each) for each in work.onward)
+    return RunStage(ref.fingerprint, hop(ref), parts, work.encoding, onward, work.wire)
+
+
+def frames(rows: bytes | memoryview) -> list[memoryview]:
+    """`rows` in pieces of the longest frame that a peer takes in a request: 512 rows of 8,192 floats are four."""
+    view = memoryview(rows).cast("B")
+    return [view[start : start + MAX_MESSAGE] for start in range(0, len(view), MAX_MESSAGE)]
+
+
+def row_bytes(n_embd: int, encoding: RowEncoding) -> int:
+    """Bytes of one row; in Q8_0 the last block of 32 values is filled up."""
+    return 4 * n_embd if encoding == "f32" else 34 * math.ceil(n_embd / 32)
+
+
+# -- the node of the stage ---------------------------------------------------------------------------------------------
+
+
+def checked_open(message: OpenSequence, ref: StageRef, bounds: StageBounds) -> GenerateRequest | None:
+    """The request of a peer's `open`, fit for this stage: None but for a tail.
+
+    Raises WireError for numbers out of range, and what `remote.check_request` does.
+    """
+    limits = bounds.limits
+    _check_epoch(message.epoch)
+    _check_within("n_tokens", message.n_tokens, 1, limits.ctx_size - 1)
+    _check_within("the number of keys", len(message.keys), 0, message.n_tokens)
+    if not ref.is_tail:
+        return None
+    if message.request is None:
+        raise WireError(f"layers {ref.first} to {ref.last} sample, and are opened without a request; send it along")
+    request = check_request(message.request, limits)
+    if len(request.prompt) + len(request.generated) != message.n_tokens:
+        raise WireError(
+            f"a sequence of {message.n_tokens} tokens is opened with a request that has "
+            f"{len(request.prompt)} and {len(request.generated)}; they must be the same"
+        )
+    return request
+
+
+def check_call(message: ResumeSequence | StoreSequence, bounds: StageBounds) -> None:
+    """Raise WireError unless the numbers of a peer's `resume` or `store` are in range."""
+    _check_epoch(message.epoch)
+    if isinstance(message, ResumeSequence):
+        _check_within("n_tokens", message.n_tokens, 0, bounds.limits.ctx_size - 1)
+    else:
+        _check_within("the number of keys", len(message.keys), 0, bounds.limits.ctx_size)
+
+
+def checked_pass(message: RunStage, payload: Sequence[memoryview], ref: StageRef, bounds: StageBounds) -> Pass:
+    """The pass that a peer asks of stage `ref`, whose rows are of the right size. Raises WireError."""
+    for part in message.parts:
+        _check_epoch(part.epoch)
+        _check_within("start", part.start, 0, bounds.limits.ctx_size)
+        _check_within("count", part.count, 1, min(MAX_PARTS, bounds.limits.ctx_size - part.start))
+    if len({part.sequence for part in message.parts}) != len(message.parts):
+        raise WireError("a pass has a sequence in two parts; send one after the other")
+    n_rows = sum(part.count for part in message.parts)
+    _check_within("the number of rows of a pass", n_rows, 1, MAX_PARTS)
+    due, sent = n_rows * row_bytes(bounds.n_embd, message.encoding), sum(len(frame) for frame in payload)
+    if due != sent:
+        raise WireError(
+            f"{n_rows} rows of {bounds.n_embd} values as {message.encoding} came in {sent} bytes instead of {due}"
+        )
+    rows = payload[0] if len(payload) == 1 else b"".join(payload)
+    parts = tuple(
+        SequencePart(each.sequence, each.epoch, each.start, each.count, each.output) for each in message.parts
+    )
+    return Pass(parts, message.encoding, rows, _checked_onward(message.onward, ref), message.wire)
+
+
+def _checked_onward(hops: Sequence[Hop], ref: StageRef) -> tuple[StageRef, ...]:
+    """The stages after `ref`. Each begins where the one before it ends, up to the last layer: so none comes twice."""
+    at = ref.last
+    for each in hops:
+        if not each.first == at < each.last:
+            raise WireError(f"layers {each.first} to {each.last} are sent on to after layer {at}; send a whole route")
+        at = each.last
+    if at != ref.n_layers:
+        raise WireError(f"a route ends at layer {at} of {ref.n_layers}; send a whole route")
+    return tuple(StageRef(each.node, ref.fingerprint, each.first, each.last, ref.n_layers) for each in hops)
+
+
+def _check_epoch(epoch: int) -> None:
+    _check_within("epoch", epoch, 0, MAX_EPOCH)
+
+
+def _check_within(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise WireError(f"{name} is {value}; allowed is {low} to {high}")
+
+
+# -- the node that asks ------------------------------------------------------------------------------------------------
+
+
+def ready_tokens(reply: Reply, ref: StageRef, most: int) -> int:
+    """The tokens of an answer to `open` and `resume`, at most `most`. Raises WireError."""
+    if not isinstance(reply, SequenceReady) or not 0 <= reply.n_tokens <= most:
+        raise WireError(f"{name(ref)} answers with {_short(reply)} where 0 to {most} tokens were expected")
+    return reply.n_tokens
+
+
+def passed(reply: Reply, ref: StageRef, work: Pass) -> Passed:
+    """What a peer's answer to a pass from `ref` on says.
+
+    Raises StageFailed when it says that the pass failed, of the node that it names if that has a part in it; and of
+    the peer when this is no answer to that pass.
+    """
+    if not isinstance(reply, PassReply):
+        raise _bad_answer(ref, _short(reply))
+    if reply.code:
+        nodes = {ref.node, *(each.node for each in work.onward)}
+        raise StageFailed(
+            " ".join(printable(reply.message).split()),
+            node=reply.node if reply.node in nodes else ref.node,
+            reason=reply.code if reply.code in by_code() else SwarmError.code,
+        )
+    outputs, stages = sum(part.output for part in work.parts), 1 + len(work.onward)
+    if len(reply.ids) != outputs or not all(0 <= each <= MAX_ID for each in reply.ids):
+        raise _bad_answer(ref, f"{len(reply.ids)} ids, or some that are none, instead of {outputs}")
+    if len(reply.times) != stages or not all(math.isfinite(s) and s >= 0 for times in reply.times for s in times):
+        raise _bad_answer(ref, f"{len(reply.times)} times of stages, or bad ones, instead of {stages}")
+    return Passed(reply.ids, tuple(StageTime(*times) for times in reply.times))
+
+
+def _bad_answer(ref: StageRef, what: str) -> StageFailed:
+    return StageFailed(f"{name(ref)} answers a pass with {what}", node=ref.node, reason=WireError.code)
+
+
+def name(stage: StageRef | Hop) -> str:
+    """A stage for people."""
+    return f"the stage of layers {stage.first} to {stage.last} at node {stage.node}"
+
+
+def _short(reply: Reply) -> str:
+    return f"{reply.n_tokens} tokens" if isinstance(reply, SequenceReady) else f"a {type(reply).__name__}"
+
+
+class HopTimes:
+    """How long passes took lately from a stage on, by chain and number of rows, and how long to wait for the next."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[tuple[StageRef, ...], int], float] = {}
+
+    def limit_s(self, chain: tuple[StageRef, ...], n_rows: int) -> float:
+        """The time-out, in seconds, of a pass over `chain`, which begins with the stage that is asked."""
+        known = self._seconds.get((chain, n_rows.bit_length()))
+        limit = UNKNOWN_S if known is None else max(LEAST_S, PATIENCE * known)
+        return limit * (1 + HOP_PATIENCE * (len(chain) - 1))
+
+    def add(self, chain: tuple[StageRef, ...], n_rows: int, seconds: float) -> None:
+        """Note what a pass took. A long one counts at once and fades slowly: queues come and go."""
+        key = (chain, n_rows.bit_length())
+        known = self._seconds.pop(key, 0.0)
+        self._seconds[key] = max(seconds, DECAY * known + (1 - DECAY) * seconds)
+        if len(self._seconds) > MAX_TIMES:
+            del self._seconds[next(iter(self._seconds))]
+
+    def forget(self, chain: tuple[StageRef, ...]) -> None:
+        """A pass over `chain` failed: all hops before it know as little again, and so keep the order of time-outs."""
+        for key in [each for each in self._seconds if each[0] == chain]:
+            del self._seconds[key]

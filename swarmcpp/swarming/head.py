@@ -1,0 +1,77 @@
+"""What answers requests on a node that has layers of a model and not all: a head over stages, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+
+from swarmcpp.core import EngineStats, GenerateRequest
+from swarmcpp.engineprocess import EngineStatus
+from swarmcpp.errors import NotReady
+from swarmcpp.local import Fetch
+from swarmcpp.peers import Load, TokenPart
+from swarmcpp.pipeline.conductor import Conductor
+
+
+class StageRunner:
+    """Satisfies `local.Runner`. `engine` tells how this node's own stages are, `missing` what is missing for a chain,
+    in words; as long as there is no `conductor` this node only computes for other heads."""
+
+    def __init__(self, engine: Callable[[], EngineStatus], missing: Callable[[], str]) -> None:
+        self._engine = engine
+        self._missing = missing
+        self.conductor: Conductor | None = None
+
+    @property
+    def status(self) -> EngineStatus:
+        """Of the node's stages; of the whole chain where this node is a head."""
+        own = self._engine()
+        if self.conductor is None or own.state != "ready":
+            return own
+        missing = self._missing()
+        return replace(own, state="starting", detail=missing) if missing else own
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counts and rates of the requests that this node heads."""
+        if self.conductor is None:
+            return EngineStats(slots=0, slots_busy=0, waiting=0)
+        load = self.conductor.load()
+        return EngineStats(self.slots, load.slots_busy, load.waiting, load.prefill_tps, load.decode_tps)
+
+    @property
+    def ctx_size(self) -> int:
+        """Tokens of a sequence."""
+        return self.conductor.ctx_size if self.conductor else self._engine().ctx_size
+
+    @property
+    def slots(self) -> int:
+        """Requests that run side by side."""
+        return self.conductor.slots if self.conductor else self._engine().slots
+
+    @property
+    def ahead(self) -> int:
+        """Requests that run or wait."""
+        return self.conductor.ahead if self.conductor else 0
+
+    @property
+    def usable(self) -> bool:
+        """Whether a chain leads through the model."""
+        return self.conductor is not None and self.conductor.usable
+
+    def load(self, ttft_s: float = 0.0) -> Load:
+        """How busy the head is."""
+        return self.conductor.load(ttft_s) if self.conductor else Load()
+
+    def admit(self, request: GenerateRequest) -> GenerateRequest:
+        """See `local.Runner`."""
+        return self._head().admit(request)
+
+    def tokens(self, request: GenerateRequest, fetch: Fetch | None = None) -> AsyncGenerator[TokenPart, None]:
+        """See `local.Runner`."""
+        return self._head().tokens(request, fetch)
+
+    def _head(self) -> Conductor:
+        if self.conductor is None:
+            raise NotReady(self._missing() or "this node has layers of the model only; ask the node with the first one")
+        return self.conductor

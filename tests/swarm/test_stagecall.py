@@ -1,0 +1,122 @@
+"""What is checked where stages ask one another, and how long they wait."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarmcpp.core import Limits
+from swarmcpp.errors import WireError
+from swarmcpp.peerwire import MAX_FRAMES, MAX_MESSAGE, Hop, PassPart, RunStage, decode, encode
+from swarmcpp.stages import Pass, SequencePart, StageRef
+from swarmcpp.swarm import stagecall
+from swarmcpp.swarm.stagecall import LEAST_S, MAX_TIMES, UNKNOWN_S, HopTimes, StageBounds
+
+NODES = ("1" * 16, "2" * 16, "3" * 16)
+REF = StageRef(NODES[0], b"f" * 32, 2, 5, 9)
+BOUNDS = StageBounds(Limits(ctx_size=100, n_vocab=50), 32)
+NEXT = tuple(StageRef(NODES[n % 3], b"f" * 32, 5 + n, 6 + n, 9) for n in range(4))
+
+NUMBERS = st.one_of(st.integers(-2, 10), st.integers(-(2**63), 2**63 - 1), st.integers(90, 110))
+SMALL = st.integers(0, 12)
+PARTS = st.builds(PassPart, st.binary(min_size=16, max_size=16), NUMBERS, NUMBERS, NUMBERS, st.booleans())
+COUNTS = st.lists(st.integers(1, 40), min_size=1, max_size=14)
+HOPS = st.builds(Hop, st.sampled_from(NODES), SMALL, SMALL)
+
+
+def chain_from(cuts: list[int]) -> tuple[Hop, ...]:
+    ends = [*sorted(set(cuts)), 9]
+    return tuple(Hop(NODES[0], first, last) for first, last in zip([5, *ends], ends, strict=False))
+
+
+def good_parts(counts: list[int]) -> tuple[PassPart, ...]:
+    return tuple(PassPart(n.to_bytes(16), n, n, count, n % 2 == 0) for n, count in enumerate(counts))
+
+
+@given(
+    st.one_of(
+        st.lists(PARTS, min_size=1, max_size=5).map(tuple),
+        COUNTS.map(good_parts),
+    ),
+    st.one_of(st.lists(HOPS, max_size=5).map(tuple), st.lists(st.integers(6, 8), max_size=3).map(chain_from)),
+    st.sampled_from(["f32", "q8_0"]),
+    st.sampled_from([0, 0, 0, -1, 1]),
+    st.integers(1, 5),
+)
+def test_a_pass_that_is_taken_is_within_all_bounds(
+    parts: tuple[PassPart, ...], onward: tuple[Hop, ...], encoding: Any, wrong: int, pieces: int
+) -> None:
+    message = RunStage(REF.fingerprint, stagecall.hop(REF), parts, encoding, onward)
+    size = max(0, min(512, sum(part.count for part in parts)) * stagecall.row_bytes(32, encoding) + wrong)
+    rows = memoryview(bytes(n % 251 for n in range(size)))
+    step = -(-size // pieces) or 1
+    payload = [rows[start : start + step] for start in range(0, size, step)]
+    try:
+        work = stagecall.checked_pass(message, payload, REF, BOUNDS)
+    except WireError:
+        return
+    assert wrong == 0
+    assert bytes(work.rows) == rows
+    assert 1 <= work.n_rows <= 512
+    assert len({part.sequence for part in work.parts}) == len(work.parts)
+    assert all(part.start >= 0 and part.count >= 1 and part.start + part.count <= 100 for part in work.parts)
+    assert all(0 <= part.epoch < 2**31 for part in work.parts)
+    ranges = [(REF.first, REF.last), *((each.first, each.last) for each in work.onward)]
+    assert [first for first, _ in ranges[1:]] + [9] == [last for _, last in ranges]
+
+
+@given(COUNTS, st.lists(st.integers(6, 8), max_size=3))
+def test_a_pass_survives_the_way_to_a_peer(counts: list[int], cuts: list[int]) -> None:
+    onward = tuple(StageRef(each.node, REF.fingerprint, each.first, each.last, 9) for each in chain_from(cuts))
+    parts = tuple(SequencePart(n.to_bytes(16), n, n, count, n % 2 == 0) for n, count in enumerate(counts))
+    work = Pass(parts, "q8_0", bytes(34 * sum(counts)), onward, "f32")
+    message = decode(encode(stagecall.run_message(REF, work)))
+    assert isinstance(message, RunStage)
+    assert stagecall.checked_pass(message, stagecall.frames(work.rows), REF, BOUNDS) == work
+
+
+def test_rows_are_cut_into_frames_that_a_peer_takes() -> None:
+    rows = bytes(512 * 8192 * 4)
+    pieces = stagecall.frames(rows)
+    assert [len(piece) for piece in pieces] == [MAX_MESSAGE] * 4
+    assert len(pieces) <= MAX_FRAMES
+    assert b"".join(pieces) == rows
+    assert stagecall.frames(b"") == []
+
+
+@given(st.booleans(), st.lists(st.floats(0.001, 100), min_size=2, max_size=4))
+def test_a_hop_waits_longer_than_all_after_it(known: bool, taken: list[float]) -> None:
+    """Each stage takes some time; the hop that asks stage n waits for all from there on."""
+    stages = NEXT[: len(taken)]
+    times = HopTimes()
+    if known:
+        for n in range(len(stages)):
+            times.add(stages[n:], 64, sum(taken[n:]))
+    limits = [times.limit_s(stages[n:], 64) for n in range(len(stages))]
+    assert limits[-1] == (max(LEAST_S, 8 * taken[-1]) if known else UNKNOWN_S)
+    for n in range(len(stages) - 1):
+        assert limits[n] >= limits[n + 1] + (taken[n] if known else 9.9)
+
+
+def test_times_are_known_by_rows_rise_at_once_and_fade() -> None:
+    times, chain = HopTimes(), NEXT[:1]
+    assert times.limit_s(chain, 1) == UNKNOWN_S
+    times.add(chain, 64, 1.0)
+    assert times.limit_s(chain, 64) == times.limit_s(chain, 127) == 8.0
+    assert times.limit_s(chain, 63) == times.limit_s(chain, 128) == times.limit_s(NEXT[1:2], 64) == UNKNOWN_S
+    times.add(chain, 64, 10.0)
+    assert times.limit_s(chain, 64) == 80.0
+    for _ in range(100):
+        times.add(chain, 64, 0.01)
+    assert times.limit_s(chain, 64) == LEAST_S
+    times.forget(chain)
+    assert times.limit_s(chain, 64) == UNKNOWN_S
+
+
+def test_times_of_chains_are_bounded() -> None:
+    times = HopTimes()
+    for n in range(2 * MAX_TIMES):
+        times.add((StageRef(f"{n:016x}", b"f" * 32, 0, 9, 9),), 1, 1.0)
+    assert len(times._seconds) == MAX_TIMES

@@ -1,0 +1,525 @@
+"""Passes through chains of stages on several nodes, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from stage_peers import (
+    BOUNDS,
+    CTX,
+    FINGERPRINT,
+    LAYERS,
+    N_EMBD,
+    N_LAYERS,
+    Node,
+    Rows,
+    SumStage,
+    layers,
+    open_nodes,
+    token,
+)
+from swarm_support import DEADLINE_S, HOST, Peers, swarm, until
+
+from swarmcpp.core import GenerateRequest
+from swarmcpp.errors import (
+    DecodeFailed,
+    NotReady,
+    PeerLost,
+    QueueFull,
+    SnapshotError,
+    StageFailed,
+    StageLost,
+    SwarmError,
+    WireError,
+)
+from swarmcpp.peers import Address, Capability
+from swarmcpp.peerwire import (
+    Ask,
+    AskStage,
+    CloseSequence,
+    Hop,
+    KeepAlive,
+    OpenSequence,
+    PassPart,
+    PassReply,
+    Pong,
+    Reply,
+    ResumeSequence,
+    RunStage,
+    SequenceReady,
+    StoreSequence,
+)
+from swarmcpp.stages import Pass, Passed, SequencePart, StageCaller, StageRef, StageTime
+from swarmcpp.swarm import stagecall
+from swarmcpp.swarm.endpoint import Responder
+from swarmcpp.swarm.identity import SwarmKey, new_node_keys, node_id
+from swarmcpp.swarm.mesh import Mesh
+from swarmcpp.swarm.stagecall import StageBounds
+from swarmcpp.swarm.store import Identity
+from swarmcpp.swarming.stages import StageService
+from swarmcpp.testing import FakeClock
+
+SEQUENCE = b"s" * 16
+KEYS = (b"k" * 32, b"l" * 32)
+REQUEST = GenerateRequest("r", "m", (1, 2, 3), 10)
+
+
+@pytest.fixture
+async def peers() -> AsyncIterator[Peers]:
+    async with swarm() as opened:
+        yield opened
+
+
+class Chain:
+    """A head and a stage on each of three other nodes."""
+
+    def __init__(self, nodes: list[Node], bounds: StageBounds = BOUNDS) -> None:
+        self.head, *self.nodes = nodes
+        self.stages = [node.host(*part, bounds) for node, part in zip(self.nodes, LAYERS, strict=True)]
+        self.refs = tuple(stage.ref for stage in self.stages)
+        self.first = self.head.service.caller(self.refs[0])
+
+    async def open(self, *sequences: bytes, epoch: int = 1) -> None:
+        for sequence in sequences:
+            for ref in self.refs:
+                request = REQUEST if ref.is_tail else None
+                assert await self.head.service.caller(ref).open(sequence, epoch, (), request, 3) == 0
+
+    def work(self, parts: tuple[SequencePart, ...], rows: Rows) -> Pass:
+        return Pass(parts, "f32", rows.tobytes(), self.refs[1:])
+
+
+@pytest.fixture
+async def chain(peers: Peers) -> Chain:
+    return Chain(await open_nodes(peers, 4))
+
+
+def rows_of(count: int, seed: int = 1, n_embd: int = N_EMBD) -> Rows:
+    return np.random.default_rng(seed).integers(0, 61, (count, n_embd)).astype(np.float32)
+
+
+def part(count: int, start: int = 0, sequence: bytes = SEQUENCE, epoch: int = 1, output: bool = True) -> SequencePart:
+    return SequencePart(sequence, epoch, start, count, output)
+
+
+async def failure(caller: StageCaller, work: Pass) -> tuple[str, str]:
+    """Node and reason with which a pass fails."""
+    with pytest.raises(StageFailed) as caught:
+        await asyncio.wait_for(caller.run(work), DEADLINE_S)
+    assert "\n" not in str(caught.value)
+    return caught.value.node, caught.value.reason
+
+
+# -- passes ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_pass_goes_down_the_chain_and_its_ids_come_back(chain: Chain) -> None:
+    other = b"o" * 16
+    await chain.open(SEQUENCE, other)
+    rows = rows_of(7)
+    done = layers(rows, 0, N_LAYERS)
+    passed = await chain.first.run(chain.work((part(4), part(3, sequence=other)), rows))
+    assert passed == Passed((token(done[:4]), token(done[4:])), (StageTime(0.5, 0.25),) * 3)
+    assert (await chain.first.run(chain.work((part(2, 4, output=False),), rows_of(2)))).ids == ()
+    more = rows_of(1, 2)
+    expected = token(np.concatenate([done[:3], layers(more, 0, N_LAYERS)]))
+    assert (await chain.first.run(chain.work((part(1, 3),), more))).ids == (expected,), "cut back to 3 rows first"
+
+
+async def test_rows_travel_in_the_encodings_that_the_pass_names(chain: Chain) -> None:
+    await chain.open(SEQUENCE)
+    with pytest.raises(StageFailed, match=r"as q8_0 came in 112 bytes instead of 238"):
+        await chain.first.run(replace(chain.work((part(7),), rows_of(7)), wire="q8_0"))
+    assert [stage.encodings for stage in chain.stages] == [[("f32", "q8_0")], [], []]
+
+
+async def test_the_largest_pass_goes_in_several_frames(peers: Peers) -> None:
+    chain = Chain(await open_nodes(peers, 4), replace(BOUNDS, n_embd=8192))
+    await chain.open(SEQUENCE)
+    rows = rows_of(512, n_embd=8192)
+    passed = await chain.first.run(chain.work((part(512),), rows))
+    assert passed.ids == (token(layers(rows, 0, N_LAYERS)),)
+
+
+async def test_stages_of_the_head_and_two_of_one_node(peers: Peers) -> None:
+    head, other = await open_nodes(peers, 2)
+    stages = [head.host(0, 4), other.host(4, 6), other.host(6, 8), head.host(8, N_LAYERS)]
+    refs = [stage.ref for stage in stages]
+    for ref in refs:
+        await head.service.caller(ref).open(SEQUENCE, 1, (), REQUEST, 3)
+    rows = rows_of(5)
+    work = Pass((part(5),), "f32", rows.tobytes(), tuple(refs[1:]))
+    passed = await head.service.caller(refs[0]).run(work)
+    assert passed.ids == (token(layers(rows, 0, N_LAYERS)),)
+    assert len(passed.times) == 4
+
+
+async def test_many_passes_keep_their_order_through_all_stages(chain: Chain) -> None:
+    """Each adds a row to one sequence, so that one out of order leaves a hole or cuts off those before it."""
+    await chain.open(SEQUENCE)
+    rows = rows_of(64)
+    done = layers(rows, 0, N_LAYERS)
+    for stage in chain.stages:
+        stage.gate.clear()
+    passes = [
+        asyncio.create_task(chain.first.run(chain.work((part(1, n),), rows[n : n + 1]))) for n in range(len(rows))
+    ]
+    for stage in chain.stages:
+        await until(lambda stage=stage: len(stage.begun) == 64, "all are in flight")
+        stage.gate.set()
+    assert [each.ids for each in await asyncio.gather(*passes)] == [(token(done[: n + 1]),) for n in range(64)]
+    for stage in chain.stages:
+        assert [parts[0].start for parts in stage.begun] == list(range(64))
+
+
+async def test_passes_that_fail_or_are_cancelled_do_not_change_the_order_of_others(chain: Chain) -> None:
+    names = [n.to_bytes(16) for n in range(48)]
+    await chain.open(*names)
+    first = chain.stages[0]
+    first.gate.clear()
+    passes = [
+        asyncio.create_task(
+            chain.first.run(chain.work((part(1, sequence=name, epoch=2 if n % 7 == 3 else 1),), rows_of(1)))
+        )
+        for n, name in enumerate(names)
+    ]
+    await until(lambda: len(first.begun) == 48, "all are in flight")
+    for each in passes[5::5]:
+        each.cancel()
+    good = [n for n in range(48) if n % 7 != 3 and (n % 5 or n == 0)]
+    await until(lambda: chain.nodes[0].endpoint._n_tasks == len(good), "the others have ended there")
+    first.gate.set()
+    results = await asyncio.gather(*passes, return_exceptions=True)
+    assert [n for n, result in enumerate(results) if isinstance(result, Passed)] == good
+    assert [parts[0].sequence for parts in chain.stages[2].begun] == [names[n] for n in good]
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dead", [0, 1, 2])
+async def test_a_node_that_ends_in_the_middle_of_a_pass_is_named(chain: Chain, dead: int) -> None:
+    await chain.open(SEQUENCE)
+    chain.stages[dead].gate.clear()
+    running = asyncio.create_task(failure(chain.first, chain.work((part(3),), rows_of(3))))
+    await until(lambda: len(chain.stages[dead].begun) == 1, "it is there")
+    await chain.nodes[dead].endpoint.aclose()
+    assert await running == (chain.nodes[dead].id, "peer_lost")
+    assert await failure(chain.first, chain.work((part(3),), rows_of(3))) == (chain.nodes[dead].id, "peer_lost")
+
+
+@pytest.mark.parametrize("hung", [0, 1, 2])
+async def test_a_node_that_hangs_is_named_by_the_one_before_it(
+    chain: Chain, hung: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stagecall, "UNKNOWN_S", 0.6)
+    await chain.open(SEQUENCE)
+    chain.stages[hung].gate.clear()
+    assert await failure(chain.first, chain.work((part(3),), rows_of(3))) == (chain.nodes[hung].id, "peer_timeout")
+
+
+async def test_what_a_stage_fails_with_is_told_with_its_node(chain: Chain) -> None:
+    await chain.open(SEQUENCE)
+    work, last = chain.work((part(3),), rows_of(3)), chain.nodes[2].id
+    assert await failure(chain.first, replace(work, parts=(part(3, epoch=2),))) == (chain.nodes[0].id, "stage_lost")
+    assert await failure(chain.first, replace(work, parts=(part(3, 1),))) == (chain.nodes[0].id, "stage_lost")
+    chain.stages[2].kv.clear()
+    assert await failure(chain.first, work) == (last, "stage_lost")
+    chain.stages[2].error = DecodeFailed("values that are not finite \ud800" + "x" * 2000)
+    assert await failure(chain.first, work) == (last, "decode_failed")
+    chain.stages[2].error = ZeroDivisionError("a secret")
+    assert await failure(chain.first, work) == (last, "internal")
+    chain.nodes[2].service.drop(chain.refs[2])
+    assert await failure(chain.first, work) == (last, "stage_lost")
+    assert await failure(chain.head.service.caller(replace(chain.refs[0], node=chain.head.id)), work) == (
+        chain.head.id,
+        "stage_lost",
+    )
+    stranger = replace(work, onward=(replace(chain.refs[1], node="0" * 16), chain.refs[2]))
+    assert await failure(chain.first, stranger) == ("0" * 16, "peer_lost")
+
+
+async def test_a_stage_that_gives_no_rows_is_named(chain: Chain) -> None:
+    await chain.open(SEQUENCE)
+    chain.stages[1].ref = replace(chain.refs[1], last=N_LAYERS)
+    assert await failure(chain.first, chain.work((part(3),), rows_of(3))) == (chain.nodes[1].id, "engine_failed")
+
+
+async def test_a_pass_whose_head_is_gone_disturbs_nobody(chain: Chain) -> None:
+    await chain.open(SEQUENCE)
+    chain.stages[2].gate.clear()
+    running = asyncio.create_task(chain.first.run(chain.work((part(3),), rows_of(3))))
+    await until(lambda: len(chain.stages[2].begun) == 1, "it is there")
+    await chain.head.links[chain.nodes[0].id].aclose()
+    with pytest.raises(StageFailed):
+        await running
+    chain.stages[2].gate.set()
+    other = chain.nodes[1].service.caller(chain.refs[0])
+    await other.open(b"2" * 16, 1, (), None, 3)
+    for ref in chain.refs[1:]:
+        await chain.nodes[0].service.caller(ref).open(b"2" * 16, 1, (), REQUEST, 3)
+    assert len((await other.run(chain.work((part(3, sequence=b"2" * 16),), rows_of(3)))).ids) == 1
+
+
+# -- sequences ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("local", [True, False])
+async def test_sequences_are_opened_resumed_stored_and_closed(peers: Peers, local: bool) -> None:
+    head, other = await open_nodes(peers, 2)
+    stage = (head if local else other).host(4, N_LAYERS)
+    caller = head.service.caller(stage.ref)
+    assert await caller.open(SEQUENCE, 4, KEYS, REQUEST, 3) == 0
+    stage.kv[SEQUENCE] = (4, rows_of(2))
+    assert await caller.open(SEQUENCE, 5, KEYS, REQUEST, 3) == 2
+    assert await caller.resume(SEQUENCE, 5, 2) == 2
+    await caller.store(SEQUENCE, 5, KEYS)
+    with pytest.raises(StageLost, match="epoch"):
+        await caller.resume(SEQUENCE, 4, 2)
+    await caller.close(SEQUENCE)
+    await caller.close(SEQUENCE)
+    assert stage.kv == {}
+    assert stage.calls == [
+        ("open", SEQUENCE, 4, KEYS, REQUEST, 3),
+        ("open", SEQUENCE, 5, KEYS, REQUEST, 3),
+        ("resume", SEQUENCE, 5, 2),
+        ("store", SEQUENCE, 5, KEYS),
+        ("resume", SEQUENCE, 4, 2),
+        ("close", SEQUENCE),
+        ("close", SEQUENCE),
+    ]
+
+
+async def test_errors_of_a_peer_arrive_as_what_they_are(chain: Chain) -> None:
+    caller, stage = chain.first, chain.stages[0]
+    for error in (StageLost("gone"), QueueFull("no sequence is free", retry_after=3.0), NotReady("it restarts")):
+        stage.error = error
+        with pytest.raises(type(error), match=str(error)):
+            await caller.open(SEQUENCE, 1, (), None, 3)
+    stage.error = SnapshotError("odd")
+    with pytest.raises(WireError, match=r"layers 0 to 4 at node [0-9a-f]{16} refuses: odd"):
+        await caller.open(SEQUENCE, 1, (), None, 3)
+    chain.nodes[0].service.drop(stage.ref)
+    with pytest.raises(StageLost, match="not there"):
+        await caller.close(SEQUENCE)
+    with pytest.raises(PeerLost):
+        await chain.head.service.caller(replace(chain.refs[0], node="0" * 16)).close(SEQUENCE)
+
+
+# -- nonsense ----------------------------------------------------------------------------------------------------------
+
+
+def ask_of(ref: StageRef, *parts: PassPart, onward: tuple[Hop, ...] = ()) -> RunStage:
+    return RunStage(FINGERPRINT, stagecall.hop(ref), parts or (PassPart(SEQUENCE, 1, 0, 3, True),), "f32", onward)
+
+
+WHOLE = (Hop("1" * 16, 4, 6), Hop("2" * 16, 6, N_LAYERS))
+ROW = bytes(4 * N_EMBD)
+BAD_PASSES = {
+    "too few rows": (ask_of, (), WHOLE, [ROW * 2]),
+    "too many rows": (ask_of, (), WHOLE, [ROW * 3, b"x"]),
+    "no rows": (ask_of, (), WHOLE, []),
+    "an epoch below 0": (ask_of, (PassPart(SEQUENCE, -1, 0, 1, True),), WHOLE, [ROW]),
+    "a huge epoch": (ask_of, (PassPart(SEQUENCE, 2**40, 0, 1, True),), WHOLE, [ROW]),
+    "a start below 0": (ask_of, (PassPart(SEQUENCE, 1, -1, 1, True),), WHOLE, [ROW]),
+    "a start beyond the context": (ask_of, (PassPart(SEQUENCE, 1, CTX, 1, True),), WHOLE, [ROW]),
+    "an end beyond the context": (ask_of, (PassPart(SEQUENCE, 1, CTX - 1, 2, True),), WHOLE, [ROW * 2]),
+    "no row in a part": (ask_of, (PassPart(SEQUENCE, 1, 0, 0, True),), WHOLE, []),
+    "a negative count": (
+        ask_of,
+        (PassPart(SEQUENCE, 1, 0, -1, True), PassPart(b"2" * 16, 1, 0, 2, True)),
+        WHOLE,
+        [ROW],
+    ),
+    "513 rows": (
+        ask_of,
+        (PassPart(SEQUENCE, 1, 0, 512, True), PassPart(b"2" * 16, 1, 0, 1, True)),
+        WHOLE,
+        [ROW * 513],
+    ),
+    "a sequence twice": (
+        ask_of,
+        (PassPart(SEQUENCE, 1, 0, 1, True), PassPart(SEQUENCE, 1, 1, 1, True)),
+        WHOLE,
+        [ROW * 2],
+    ),
+    "no way on": (ask_of, (), (), [ROW * 3]),
+    "a hole in the layers": (ask_of, (), (Hop("1" * 16, 5, N_LAYERS),), [ROW * 3]),
+    "layers twice": (ask_of, (), (Hop("1" * 16, 3, N_LAYERS),), [ROW * 3]),
+    "a loop": (ask_of, (), (Hop("1" * 16, 4, 6), Hop("1" * 16, 4, 6), Hop("1" * 16, 6, N_LAYERS)), [ROW * 3]),
+    "no layers": (ask_of, (), (Hop("1" * 16, 4, 4), Hop("1" * 16, 4, N_LAYERS)), [ROW * 3]),
+    "layers backwards": (ask_of, (), (Hop("1" * 16, 4, 2), Hop("1" * 16, 2, N_LAYERS)), [ROW * 3]),
+    "too many layers": (ask_of, (), (Hop("1" * 16, 4, N_LAYERS + 1),), [ROW * 3]),
+    "too few layers": (ask_of, (), (Hop("1" * 16, 4, N_LAYERS - 1),), [ROW * 3]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PASSES)
+async def test_passes_that_make_no_sense_do_not_reach_a_stage(chain: Chain, name: str) -> None:
+    make, parts, onward, payload = BAD_PASSES[name]
+    await chain.open(SEQUENCE)
+    link = chain.head.links[chain.nodes[0].id]
+    reply, _ = await link.ask(make(chain.refs[0], *parts, onward=onward), payload, timeout_s=DEADLINE_S)
+    assert isinstance(reply, PassReply)
+    assert (reply.node, reply.code) == (chain.nodes[0].id, "wire")
+    assert reply.message
+    assert chain.stages[0].begun == []
+
+
+def bad_calls(ref: StageRef) -> list[AskStage]:
+    hop = stagecall.hop(ref)
+
+    def opened(epoch: int = 1, n_tokens: int = 3, request: GenerateRequest | None = REQUEST) -> OpenSequence:
+        return OpenSequence(FINGERPRINT, hop, SEQUENCE, epoch, (), n_tokens, request)
+
+    return [
+        opened(epoch=-1),
+        opened(epoch=2**31),
+        opened(n_tokens=0),
+        opened(n_tokens=CTX),
+        opened(n_tokens=4),
+        opened(request=None),
+        opened(request=replace(REQUEST, prompt=(1, 2, 99999))),
+        opened(request=replace(REQUEST, prompt=(), generated=(1, 2, 3))),
+        opened(request=replace(REQUEST, max_tokens=0)),
+        opened(request=replace(REQUEST, sampling=replace(REQUEST.sampling, temperature=float("nan")))),
+        replace_keys(opened(), KEYS * 2),
+        ResumeSequence(FINGERPRINT, hop, SEQUENCE, -1, 0),
+        ResumeSequence(FINGERPRINT, hop, SEQUENCE, 1, -1),
+        ResumeSequence(FINGERPRINT, hop, SEQUENCE, 1, CTX),
+        StoreSequence(FINGERPRINT, hop, SEQUENCE, -1, KEYS),
+        StoreSequence(FINGERPRINT, hop, SEQUENCE, 1, (b"k" * 32,) * (CTX + 1)),
+        CloseSequence(b"g" * 32, hop, SEQUENCE),
+        CloseSequence(FINGERPRINT, Hop("0" * 16, hop.first, hop.last), SEQUENCE),
+        CloseSequence(FINGERPRINT, Hop(hop.node, 0, hop.last), SEQUENCE),
+    ]
+
+
+def replace_keys(message: OpenSequence, keys: tuple[bytes, ...]) -> OpenSequence:
+    return OpenSequence(message.fingerprint, message.stage, message.sequence, 1, keys, 3, message.request)
+
+
+async def test_calls_that_make_no_sense_do_not_reach_a_stage(chain: Chain) -> None:
+    link = chain.head.links[chain.nodes[2].id]
+    for message in bad_calls(chain.refs[2]):
+        with pytest.raises(SwarmError) as caught:
+            await link.ask(message, timeout_s=DEADLINE_S)
+        assert caught.value.code in ("wire", "stage_lost", "invalid_request"), message
+    assert chain.stages[2].calls == []
+
+
+BAD_REPLIES: list[Reply] = [
+    Pong(),
+    KeepAlive(),
+    SequenceReady(3),
+    PassReply((), ((0.0, 0.0),) * 3),
+    PassReply((1, 2), ((0.0, 0.0),) * 3),
+    PassReply((-1,), ((0.0, 0.0),) * 3),
+    PassReply((2**31,), ((0.0, 0.0),) * 3),
+    PassReply((1,), ((0.0, 0.0),) * 2),
+    PassReply((1,), ((0.0, 0.0),) * 4),
+    PassReply((1,), ((0.0, float("nan")),) * 3),
+    PassReply((1,), ((0.0, -1.0),) * 3),
+]
+
+
+async def lying(peers: Peers, reply: Reply) -> tuple[StageCaller, StageRef]:
+    async def handle(message: Ask, payload: list[memoryview], respond: Responder) -> None:
+        respond.send(reply)
+
+    keys = new_node_keys()
+    _, address = await peers.endpoint(handle, keys=keys)
+    ref = StageRef(node_id(keys.public), FINGERPRINT, 0, 4, N_LAYERS)
+    service = StageService("0" * 16, {ref.node: peers.link(address)}.get, FakeClock())
+    return service.caller(ref), ref
+
+
+def work_from(ref: StageRef) -> Pass:
+    onward = (replace(ref, node="1" * 16, first=4, last=6), replace(ref, node="2" * 16, first=6, last=10))
+    return Pass((part(3),), "f32", rows_of(3).tobytes(), onward)
+
+
+@pytest.mark.parametrize("reply", BAD_REPLIES, ids=repr)
+async def test_an_answer_that_is_none_fails_the_pass_at_the_peer(peers: Peers, reply: Reply) -> None:
+    caller, ref = await lying(peers, reply)
+    assert await failure(caller, work_from(ref)) == (ref.node, "wire")
+
+
+@pytest.mark.parametrize(
+    ("node", "code", "expected"),
+    [
+        ("1" * 16, "decode_failed", ("1" * 16, "decode_failed")),
+        ("3" * 16, "decode_failed", (None, "decode_failed")),
+        ("", "\x1b[31m", (None, "internal")),
+    ],
+)
+async def test_a_peer_can_blame_nobody_but_the_nodes_of_the_chain(
+    peers: Peers, node: str, code: str, expected: tuple[str | None, str]
+) -> None:
+    caller, ref = await lying(peers, PassReply(node=node, code=code, message="a\nb\x1b"))
+    assert await failure(caller, work_from(ref)) == (expected[0] or ref.node, expected[1])
+
+
+@pytest.mark.parametrize("reply", [Pong(), SequenceReady(-1), SequenceReady(4), PassReply()], ids=repr)
+async def test_an_answer_that_is_none_fails_a_call(peers: Peers, reply: Reply) -> None:
+    caller, _ = await lying(peers, reply)
+    with pytest.raises(WireError):
+        await caller.open(SEQUENCE, 1, (), None, 4)
+    with pytest.raises(WireError):
+        await caller.resume(SEQUENCE, 1, 3)
+    if not isinstance(reply, Pong):
+        with pytest.raises(WireError):
+            await caller.store(SEQUENCE, 1, KEYS)
+
+
+# -- the mesh ----------------------------------------------------------------------------------------------------------
+
+
+class OneStage:
+    """What a node of the mesh does for its peers, where that is only a stage."""
+
+    def __init__(self, keys_public: str, node: str) -> None:
+        self.public, self.node = keys_public, node
+        self.mesh: Mesh | None = None
+        self.service = StageService(node, lambda peer: self.mesh.caller(peer) if self.mesh else None, FakeClock())
+
+    def capability(self) -> Capability:
+        port, pub = (self.mesh.endpoint.port, self.mesh.endpoint.pub_port) if self.mesh else (0, 0)
+        addresses = (Address(HOST, port, self.public),) if port else ()
+        return Capability(self.node, 1, "n", addresses, pub, "v", "ready", "cpu", 1, 1, 1, ())
+
+    async def stage(self, message: AskStage, payload: list[memoryview], respond: Responder) -> None:
+        await self.service.answer(message, payload, respond)
+
+
+async def test_nodes_of_a_mesh_ask_one_another() -> None:
+    key, nodes = SwarmKey.new(), []
+    for _ in range(2):
+        keys = new_node_keys()
+        services = OneStage(keys.public, node_id(keys.public))
+        services.mesh = Mesh(key, Identity(keys, services.node, 1), services, clock=FakeClock())  # type: ignore[arg-type]
+        await services.mesh.endpoint.listen([HOST], 0)
+        nodes.append(services)
+    head, other = nodes
+    assert head.mesh and other.mesh
+    try:
+        stages = []
+        for services, (first, last) in zip(nodes, ((0, 6), (6, N_LAYERS)), strict=True):
+            stages.append(SumStage(StageRef(services.node, FINGERPRINT, first, last, N_LAYERS)))
+            services.service.host(stages[-1].ref, stages[-1], BOUNDS)
+        with pytest.raises(PeerLost, match="no link"):
+            await head.service.caller(stages[1].ref).open(SEQUENCE, 1, (), REQUEST, 3)
+        head.mesh.dial(other.capability().addresses)
+        await until(lambda: head.mesh.caller(other.node) is not None, "they meet")
+        for stage in stages:
+            await head.service.caller(stage.ref).open(SEQUENCE, 1, (), REQUEST, 3)
+        rows = rows_of(3)
+        passed = await head.service.caller(stages[0].ref).run(Pass((part(3),), "f32", rows.tobytes(), (stages[1].ref,)))
+        assert passed.ids == (token(layers(rows, 0, N_LAYERS)),)
+    finally:
+        for services in nodes:
+            await services.mesh.close()
