@@ -21,7 +21,10 @@ from swarmcpp.models.synthetic_vocab import IM_END, MIN_VOCAB
 from swarmcpp.status import NodeRow
 
 BLOCK_TOKENS = 64
-OWN_PROMPT = 8
+OWN_PROMPT = 1
+"""Tokens of B's question beyond what A has read: one, since the last token of a prompt is always computed."""
+
+ARENA_OWN = 8
 ROOM = 320
 """Tokens that an answer may have, and more than the padding of a context: with them the question is too long for A. The
 answer ends with its first token all the same, which a bias makes the end of a turn."""
@@ -257,7 +260,7 @@ async def arenas(setup: Setup) -> Outcome:
     model = await asyncio.to_thread(synthetic, setup, CACHE_SHAPE, "cache-shape-q4_0.gguf")
     vocab = range(MIN_VOCAB, CACHE_SHAPE.n_vocab)
     rng = setup.rng("arenas", 0)
-    prompts = [random_prompt(rng, ARENA_PROMPT + OWN_PROMPT, vocab) for _ in range(ARENA_PROMPTS)]
+    prompts = [random_prompt(rng, ARENA_PROMPT + ARENA_OWN, vocab) for _ in range(ARENA_PROMPTS)]
     shares: list[float] = []
     names = ("A", "B")
     async with Nodes(setup) as nodes:
