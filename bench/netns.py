@@ -90,7 +90,7 @@ class Namespace:
         limit = max(LEAST_QUEUE, round(bytes_per_s * QUEUE_S))
         shape = ("root", "tbf", "rate", f"{round(mbit * 1e6)}bit", "burst", str(burst), "limit", str(limit))
         for space, interface in ((self.name, LINK), (self.switch, self.port)):
-            _command("tc", "-n", space, "qdisc", "replace", "dev", interface, *shape)
+            run_tool("tc", "-n", space, "qdisc", "replace", "dev", interface, *shape)
 
     def received(self) -> int:
         """Bytes that came in over the link so far."""
@@ -111,7 +111,7 @@ def _enter(descriptor: int) -> None:
         raise OSError(number, f"setns: {os.strerror(number)}")
 
 
-def _command(*argv: str) -> None:
+def run_tool(*argv: str) -> None:
     """Run `ip` or `tc`. Raises NoNamespaces with what it said."""
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -147,9 +147,9 @@ def namespaces(count: int, mbit: float | None = None) -> Iterator[tuple[Namespac
         Namespace(f"{own}-{index}", f"{NETWORK}.{index}", switch, f"port{index}") for index in range(1, count + 1)
     )
     try:
-        _command("ip", "netns", "add", switch)
-        _command("ip", "-n", switch, "link", "add", "bridge0", "type", "bridge")
-        _command("ip", "-n", switch, "link", "set", "bridge0", "up")
+        run_tool("ip", "netns", "add", switch)
+        run_tool("ip", "-n", switch, "link", "add", "bridge0", "type", "bridge")
+        run_tool("ip", "-n", switch, "link", "set", "bridge0", "up")
         for space in spaces:
             _connect(space)
             if mbit is not None:
@@ -162,10 +162,10 @@ def namespaces(count: int, mbit: float | None = None) -> Iterator[tuple[Namespac
 
 
 def _connect(space: Namespace) -> None:
-    _command("ip", "netns", "add", space.name)
-    _command("ip", "-n", space.name, "link", "set", "lo", "up")
+    run_tool("ip", "netns", "add", space.name)
+    run_tool("ip", "-n", space.name, "link", "set", "lo", "up")
     ends = ("link", "add", LINK, "type", "veth", "peer", "name", space.port, "netns", space.switch)
-    _command("ip", "-n", space.name, *ends)
-    _command("ip", "-n", space.name, "address", "add", f"{space.address}/24", "dev", LINK)
-    _command("ip", "-n", space.name, "link", "set", LINK, "up")
-    _command("ip", "-n", space.switch, "link", "set", space.port, "master", "bridge0", "up")
+    run_tool("ip", "-n", space.name, *ends)
+    run_tool("ip", "-n", space.name, "address", "add", f"{space.address}/24", "dev", LINK)
+    run_tool("ip", "-n", space.name, "link", "set", LINK, "up")
+    run_tool("ip", "-n", space.switch, "link", "set", space.port, "master", "bridge0", "up")

@@ -55,6 +55,8 @@ class NodeSpec:
     space: Namespace | None = None
     options: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
+    health: str = "/health/ready"
+    """Path that answers 200 when its start is over. A node with some of the layers is ready only with the others'."""
 
 
 class _Node:
@@ -134,13 +136,19 @@ class Nodes:
         await self.stop(name)
         return len(left)
 
+    def kill_engine(self, name: str) -> None:
+        """kill -9 what node `name` started: its engine, which it starts again."""
+        for child in psutil.Process(self._running(name).pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+
     async def _start(self, spec: NodeSpec, command: tuple[str, ...]) -> _Node:
         node = _Node(spec)
         launch = self._launch(spec, command)
         self._nodes[spec.name] = node
         try:
             node.running = await self._enter(node, launch)
-            node.session = await node.sessions.enter_async_context(_session(spec.space, node.routes))
+            node.session = await node.sessions.enter_async_context(session_in(spec.space, node.routes))
         except BaseException:
             await self.stop(spec.name)
             raise
@@ -172,7 +180,7 @@ class Nodes:
             *("--data-dir", str(self.data(spec.name)), *spec.options),
         )
         env = {"SWARMCPP_SWARM_DISCOVERY": "false", **spec.env}
-        return Launch(f"node {spec.name}", argv, "/health/ready", env, (spec.core,))
+        return Launch(f"node {spec.name}", argv, spec.health, env, (spec.core,))
 
     # -- asking --------------------------------------------------------------------------------------------------------
 
@@ -210,6 +218,35 @@ class Nodes:
             found = from_json(await response.json()).nodes
         # One that was started anew without its data is another node of the same name.
         return {row.name: row for row in sorted(found, key=lambda row: (row.status == "alive", row.is_self))}
+
+    def log(self, name: str) -> Path:
+        """What node `name` and its engine print."""
+        return self._running(name).log
+
+    def peak_rss(self, name: str) -> int:
+        """See `Running.peak_rss`, now."""
+        return self._running(name).sample_rss()
+
+    async def answers(self, name: str) -> None:
+        """Wait until node `name` can be asked for its model. Raises TimeoutError."""
+        session = self._nodes[name].session
+        if session is None:
+            raise RuntimeError(f"node {name} has not started")
+
+        async def ready() -> bool:
+            async with session.get(f"{self.url(name)}/health/ready") as response:
+                return response.status == 200
+
+        await _until(ready, f"{name} to answer")
+
+    async def sees_layers(self, name: str, other: str, layers: tuple[int, int]) -> None:
+        """Wait until node `name` has heard that `other` runs the layers [first, last). Raises TimeoutError."""
+
+        async def heard() -> bool:
+            row = (await self.rows(name)).get(other)
+            return row is not None and row.status == "alive" and (row.first_layer, row.last_layer) == layers
+
+        await _until(heard, f"{name} to hear of layers {layers[0]}-{layers[1]} at {other}")
 
     async def settled(self) -> None:
         """Wait until every node sees every other one alive with its model. Raises TimeoutError."""
@@ -282,7 +319,7 @@ async def _token_in(node: _Node) -> str:
     return match[1] if match else ""
 
 
-def _session(space: Namespace | None, routes: list[str]) -> aiohttp.ClientSession:
+def session_in(space: Namespace | None, routes: list[str]) -> aiohttp.ClientSession:
     """A session without limits of its own, one connection a request, made in `space`; it adds to `routes`."""
 
     def make_socket(info: aiohttp.AddrInfoType) -> socket.socket:

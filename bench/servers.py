@@ -40,6 +40,7 @@ class Launch:
     name: str
     argv: tuple[str, ...]
     health: str
+    """Path that answers 200 when it is ready; empty for a server without HTTP, which is ready when its port is open."""
     env: Mapping[str, str] = field(default_factory=dict)
     cpus: tuple[int, ...] = ()
     """CPUs it may use (Linux with taskset only); empty: all."""
@@ -108,6 +109,7 @@ class Running:
 
     def __init__(self, launch: Launch, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
         self.launch = launch
+        self.port = port
         self.base_url = f"http://127.0.0.1:{port}"
         self.log = log
         self.peak_rss = 0
@@ -156,17 +158,21 @@ def _free_port() -> int:
         return port
 
 
-def _is_ready(url: str) -> bool:
+def _is_ready(port: int, health: str) -> bool:
+    url = f"http://127.0.0.1:{port}{health}"
     try:
+        if not health:
+            socket.create_connection(("127.0.0.1", port), timeout=2.0).close()
+            return True
         with urllib.request.urlopen(url, timeout=2.0) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False
 
 
-def _wait_ready(process: subprocess.Popen[bytes], url: str, name: str, log: Path) -> None:
-    deadline = time.monotonic() + READY_S
-    while not _is_ready(url):
+def _wait_ready(process: subprocess.Popen[bytes], port: int, launch: Launch, log: Path) -> None:
+    name, deadline = launch.name, time.monotonic() + READY_S
+    while not _is_ready(port, launch.health):
         code = process.poll()
         tail = " | ".join(log.read_text(errors="replace").splitlines()[-4:])
         if code is not None:
@@ -212,7 +218,7 @@ def running(launch: Launch, log_dir: Path) -> Iterator[Running]:
         )
     server = Running(launch, process, port, log)
     try:
-        _wait_ready(process, server.base_url + launch.health, launch.name, log)
+        _wait_ready(process, port, launch, log)
         yield server
         server.sample_rss()
     finally:
