@@ -139,6 +139,7 @@ class PassPart(msgspec.Struct, frozen=True, array_like=True):
     start: int
     count: int
     output: bool
+    place: int = -1
 
 
 class RunStage(msgspec.Struct, frozen=True, tag="run-stage"):

@@ -39,7 +39,9 @@ class SequencePart:
     """Rows of one sequence in a pass: `count` from position `start`; what a stage has from there on it forgets first.
 
     `output`: the tail samples the token that follows the last of them. `epoch`: that of the sequence's last `open`;
-    rows of an earlier one are refused.
+    rows of an earlier one are refused. `place`: the number that the sequence should have among those of the stage, -1
+    for any. Those of one pass should be neighbours, as llama.cpp reads all weights once for each run of neighbours;
+    a stage moves KV for it, unless the place belongs to another.
     """
 
     sequence: bytes
@@ -47,6 +49,7 @@ class SequencePart:
     start: int
     count: int
     output: bool
+    place: int = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,7 @@ class StageSupervisor(EngineProcess):
         n_bytes = memoryview(rows).nbytes
         self._check_room(n_bytes)
         wanted = tuple(
-            RunPart(opened.serial, start, count, part.output)
+            RunPart(opened.serial, start, count, part.output, part.place)
             for (opened, start, count), part in zip(spans, parts, strict=True)
         )
         self._runs += 1

@@ -106,12 +106,14 @@ class Place(msgspec.Struct, frozen=True, tag="place"):
 
 
 class RunPart(msgspec.Struct, frozen=True, array_like=True):
-    """Rows of one sequence: `count` from position `start`, to which its KV is cut back. `output`: sample after them."""
+    """Rows of one sequence: `count` from position `start`, to which its KV is cut back. `output`: sample after them.
+    `place`: see `stages.SequencePart`."""
 
     serial: int
     start: int
     count: int
     output: bool
+    place: int = -1
 
 
 class Run(msgspec.Struct, frozen=True, tag="run"):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 from swarmcpp.core import GenerateRequest
@@ -98,9 +99,18 @@ class Chain:
             placed = stage.place(serial, request if stage is self.stages[-1] else None, tokens)
             assert (placed.code, placed.tokens) == ("", tokens)
 
-    def run(self, work: Mapping[int, tuple[int, Sequence[int]]], *, output: bool = True) -> dict[int, int]:
+    def run(
+        self,
+        work: Mapping[int, tuple[int, Sequence[int]]],
+        *,
+        output: bool = True,
+        places: Mapping[int, int] = MappingProxyType({}),
+    ) -> dict[int, int]:
         """Compute (start, tokens) of each serial in one pass; the token after each."""
-        parts = tuple(RunPart(serial, start, len(tokens), output) for serial, (start, tokens) in work.items())
+        parts = tuple(
+            RunPart(serial, start, len(tokens), output, places.get(serial, -1))
+            for serial, (start, tokens) in work.items()
+        )
         tokens = [token for _, each in work.values() for token in each]
         frame: Buffer | None = encode_rows(self.table.rows(tokens), "f32")
         encoding: RowEncoding = "f32"
@@ -122,13 +132,19 @@ class Chain:
         self.go_on(requests, told, steps)
         return told
 
-    def go_on(self, requests: Mapping[int, GenerateRequest], told: dict[int, list[int]], steps: int) -> None:
+    def go_on(
+        self,
+        requests: Mapping[int, GenerateRequest],
+        told: dict[int, list[int]],
+        steps: int,
+        places: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
         """Decode the `told` until each has `steps` tokens."""
         while any(len(tokens) < steps for tokens in told.values()):
             work = {
                 serial: (len(requests[serial].prompt) + len(tokens) - 1, tokens[-1:]) for serial, tokens in told.items()
             }
-            for serial, token in self.run(work).items():
+            for serial, token in self.run(work, places=places).items():
                 told[serial].append(token)
 
     def close(self) -> None:

@@ -41,10 +41,6 @@ FloatRows = npt.NDArray[np.float32]
 IDLE_POLL_S = 5.0
 """How long an idle engine sleeps in its inbox before it checks its invariants again."""
 
-WORTH_A_MOVE = 16
-"""Single rows that a sequence must have had for a move to pay: how many are to come nobody tells a stage, but as many
-as there were is a fair guess."""
-
 MAX_FAILURES = 3
 """Calls of llama.cpp that fail one after another before its context is given up, and the engine with it."""
 
@@ -100,7 +96,8 @@ class Opened:
 
     slot: int
     length: int = 0
-    single_rows: int = 0
+    wanted: int = -1
+    """The slot that its head wants for it."""
     sampler: SamplerLike | None = None
 
 
@@ -200,21 +197,32 @@ class StageLoop:
         self._backend.truncate(sequence.slot, length)
         sequence.length = length
 
-    def _close_gap(self, sequences: Sequence[Opened]) -> None:
-        """Move the last of some decoding sequences into a free slot between them.
+    def _settle(self, parts: Sequence[RunPart], sequences: Sequence[Opened]) -> None:
+        """Bring sequences to the places that their head wants them at, but not those that are at theirs away."""
+        for part, sequence in zip(parts, sequences, strict=True):
+            sequence.wanted = part.place
+        at = {sequence.slot: sequence for sequence in self._sequences.values()}
+        for sequence in sequences:
+            wanted, other = sequence.wanted, at.get(sequence.wanted)
+            if wanted == sequence.slot or not 0 <= wanted < self._backend.n_slots:
+                continue
+            if other is not None:
+                free = next((slot for slot in range(self._backend.n_slots) if slot not in at), None)
+                if other.wanted == wanted or free is None or not self._move(at, other, free):
+                    continue
+            self._move(at, sequence, wanted)
 
-        llama.cpp computes only neighbouring streams together: every gap reads the weights once more in every call,
-        while a move costs a few milliseconds once.
-        """
-        last = max(sequences, key=lambda sequence: sequence.slot)
-        first = min(sequence.slot for sequence in sequences)
-        gaps = set(range(first, last.slot)) - {sequence.slot for sequence in self._sequences.values()}
-        if not gaps or not self._block_tokens or last.single_rows < WORTH_A_MOVE:
-            return
-        target = min(gaps)
-        self._backend.copy_prefix(last.slot, target, last.length)
-        self._backend.truncate(last.slot, 0)
-        last.slot = target
+    def _move(self, at: dict[int, Opened], sequence: Opened, target: int) -> bool:
+        """Move a sequence to a slot that is free; False when its KV cannot be moved."""
+        if sequence.length:
+            if not self._block_tokens:
+                return False
+            self._backend.copy_prefix(sequence.slot, target, sequence.length)
+            self._backend.truncate(sequence.slot, 0)
+        del at[sequence.slot]
+        at[target] = sequence
+        sequence.slot = target
+        return True
 
     # -- runs ----------------------------------------------------------------------------------------------------
 
@@ -239,9 +247,7 @@ class StageLoop:
         rows = self._backend.decode_frame(b"" if frame is None else frame, count, message.encoding)
         for part, sequence in zip(message.parts, sequences, strict=True):
             self._cut(sequence, part.start)
-        singles = [s for part, s in zip(message.parts, sequences, strict=True) if part.count == 1]
-        if len(singles) > 1:
-            self._close_gap(singles)
+        self._settle(message.parts, sequences)
         slots = [sequence.slot for sequence in sequences]
         try:
             hidden = self._compute(slots, message.parts, rows)
@@ -252,7 +258,6 @@ class StageLoop:
             raise
         for part, sequence in zip(message.parts, sequences, strict=True):
             sequence.length += part.count
-            sequence.single_rows += part.count == 1
         return ids, out
 
     def _check(self, parts: Sequence[RunPart]) -> list[Opened]:

@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any, Protocol
 
 from swarmcpp.core import Chunk, Clock
+from swarmcpp.engine.loop import WORTH_A_MOVE
 from swarmcpp.engine.scheduler import Policy, Scheduler
 from swarmcpp.errors import StageFailed, StageLost, SwarmError
 from swarmcpp.llama.rows import encode_rows
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 RECOUNT_S = 2.0
 """For so long a number of micro-batches stays, unless that of streams changes: each cut costs a wait."""
+
+FADING = 0.9
+"""Of what the longest pass lately counts, at each later one."""
 
 
 class LaneWatch(Protocol):
@@ -96,6 +100,8 @@ class Lane:
         self._flights: set[asyncio.Task[None]] = set()
         self._decodes = self._prefills = 0
         self._waiting_s = 0.0
+        self._longest_s = 0.0
+        """What passes took lately: a long one counts at once and fades slowly, as for the hops."""
         self._prompts_turn = False
         self._counted = (0, 1, 0.0)
         """Streams, micro-batches for them, and when that was."""
@@ -154,12 +160,28 @@ class Lane:
 
     def _due(self) -> list[list[Chunk]]:
         """Decode rows of micro-batches that are wholly back."""
+        self._close_gap()
         members = sorted(slot for slot, run in self.runs.items() if run.decoding)
         wanted = self._micro_batches(len(members))
         self.groups = regroup(self.groups, members, wanted)
         ready = [group for group in self.groups if not any(self.runs[slot].flying for slot in group)]
         room = max(0, wanted - self._decodes)
         return [[Chunk(slot, self.runs[slot].n_past, 1, last=True) for slot in group] for group in ready[:room]]
+
+    def _close_gap(self) -> None:
+        """Give the last decoding run the lowest free slot, if that is before it; the stages move its KV.
+
+        They compute only neighbours together, and a move takes milliseconds once.
+        """
+        last = max(self.runs, default=0)
+        gap = next(slot for slot in count() if slot not in self.runs)
+        run = self.runs.get(last)
+        if run is None or gap > last or not run.decoding or run.to_come < WORTH_A_MOVE:
+            return
+        # Whoever had the gap before may still be in a group.
+        self.groups = [[gap if slot == last else slot for slot in group if slot != gap] for group in self.groups]
+        self.runs[gap] = self.runs.pop(last)
+        run.slot = gap
 
     def _micro_batches(self, streams: int) -> int:
         if not self._persistent or streams < 2:
@@ -190,7 +212,8 @@ class Lane:
         expected = self._expected_s(rows)
         flight = _Flight(parts, decode, self._clock(), expected or 0.0)
         self._waiting_s += flight.expected_s
-        limit = limit_s(None if expected is None else self._waiting_s)
+        known = None if expected is None else max(self._waiting_s, self._longest_s)
+        limit = limit_s(known, len(self.chain))
         if decode:
             self._decodes += 1
         else:
@@ -224,7 +247,7 @@ class Lane:
         """Send a pass down the chain; what came back, and the id of each part (by its index) that asked for one."""
         tokens = [run.tokens[chunk.start + i] for run, _, chunk in flight.parts for i in range(chunk.count)]
         parts = tuple(
-            SequencePart(run.sequence, epoch, chunk.start, chunk.count, chunk.last)
+            SequencePart(run.sequence, epoch, chunk.start, chunk.count, chunk.last, chunk.slot)
             for run, epoch, chunk in flight.parts
         )
         first, onward = self._encodings
@@ -275,6 +298,7 @@ class Lane:
     def _learn(self, flight: _Flight, passed: Passed) -> None:
         now = self._clock()
         took = now - flight.begun
+        self._longest_s = max(took, FADING * self._longest_s)
         seconds = min(took, max((time.compute_s for time in passed.times), default=took))
         wall_s = now - max(flight.begun, self._last_landed[flight.decode])
         self._last_landed[flight.decode] = now

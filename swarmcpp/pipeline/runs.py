@@ -95,6 +95,8 @@ class Run:
     arrived_s: float
     parts: asyncio.Queue[TokenPart | Broken] = field(default_factory=asyncio.Queue)
     chain: Chain = ()
+    ran: Chain = ()
+    """The chain that it was opened on last, also when that was given back."""
     epoch: int = 0
     slot: int = -1
     """Its number in a lane; -1 when it is in none."""
@@ -121,6 +123,11 @@ class Run:
     def to_plan(self) -> int:
         """Prompt rows that are not planned yet."""
         return 0 if self.decoding else len(self.tokens) - self.n_past
+
+    @property
+    def to_come(self) -> int:
+        """Tokens that its answer may still have."""
+        return self.request.max_tokens - len(self.request.generated) - self.sampled
 
     def view(self) -> SlotView | None:
         """What the scheduler may know; None while nothing is to be planned for it."""

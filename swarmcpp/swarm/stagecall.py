@@ -92,7 +92,9 @@ def hop(ref: StageRef) -> Hop:
 
 def run_message(ref: StageRef, work: Pass) -> RunStage:
     """The request for a pass that begins at `ref`."""
-    parts = tuple(PassPart(each.sequence, each.epoch, each.start, each.count, each.output) for each in work.parts)
+    parts = tuple(
+        PassPart(each.sequence, each.epoch, each.start, each.count, each.output, each.place) for each in work.parts
+    )
     onward = tuple(hop(each) for each in work.onward)
     return RunStage(ref.fingerprint, hop(ref), parts, work.encoding, onward, work.wire)
 
@@ -159,7 +161,8 @@ def checked_pass(message: RunStage, payload: Sequence[memoryview], ref: StageRef
         )
     rows = payload[0] if len(payload) == 1 else b"".join(payload)
     parts = tuple(
-        SequencePart(each.sequence, each.epoch, each.start, each.count, each.output) for each in message.parts
+        SequencePart(each.sequence, each.epoch, each.start, each.count, each.output, each.place)
+        for each in message.parts
     )
     return Pass(parts, message.encoding, rows, _checked_onward(message.onward, ref), message.wire)
 

@@ -143,26 +143,29 @@ def test_order_of_parts_is_the_callers(chain: Chain, whole: LlamaBackend) -> Non
 # -- slots -------------------------------------------------------------------------------------------------------
 
 
-def test_a_gap_is_closed_once_it_pays(chain: Chain, whole: LlamaBackend) -> None:
+def test_sequences_move_to_where_their_head_wants_them(chain: Chain, whole: LlamaBackend) -> None:
     asked = prompts(4)
     told = chain.greedy(asked, 10)
     for stage in chain.stages:
         stage.loop.handle(Cancel(2))
         stage.loop.handle(Cancel(3))
-        assert stage.slots() == {1: 0, 4: 3}
     left = {serial: told[serial] for serial in (1, 4)}
     chain.go_on(asked, left, 12)
-    assert all(stage.slots() == {1: 0, 4: 3} for stage in chain.stages), "too short an answer so far"
-    chain.go_on(asked, left, STEPS)
+    assert all(stage.slots() == {1: 0, 4: 3} for stage in chain.stages), "nobody wanted them elsewhere"
+    chain.go_on(asked, left, STEPS, places={1: 0, 4: 1})
     assert all(stage.slots() == {1: 0, 4: 1} for stage in chain.stages)
     assert left == {serial: alone(whole, asked[serial]) for serial in left}
 
 
-def test_a_gap_that_another_sequence_fills_is_none(chain: Chain) -> None:
+def test_a_place_belongs_to_who_is_at_it(chain: Chain, whole: LlamaBackend) -> None:
+    """Two heads that number alike keep what they have; one that is elsewhere than it wants makes room."""
     asked = prompts(3)
     told = chain.greedy(asked, 3)
-    chain.go_on(asked, {serial: told[serial] for serial in (1, 3)}, 40)
+    chain.go_on(asked, told, 6, places={1: 0, 2: 0, 3: 99})
     assert all(stage.slots() == {1: 0, 2: 1, 3: 2} for stage in chain.stages)
+    chain.go_on(asked, told, 9, places={1: 1, 2: 0, 3: 2})
+    assert all(stage.slots() == {1: 1, 2: 0, 3: 2} for stage in chain.stages)
+    assert told == {serial: alone(whole, asked[serial], 9) for serial in told}
 
 
 def test_sequences_are_given_out_lowest_first_and_no_more_than_there_are(first: Stage) -> None:
