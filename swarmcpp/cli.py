@@ -196,6 +196,30 @@ def status(
 
 
 @app.command()
+@_with_settings("api_key")
+def plan(
+    url: Url = None,
+    added: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            help="A machine to add: its memory (16G), NAME=16G, or a node that serves nothing yet; may be repeated.",
+            metavar="NODE",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    config: ConfigFile = None,
+    **flags: Flag,
+) -> None:
+    """Tell which machine would hold what of the model, how fast answers would be, and what another machine changes."""
+    loaded = _load(config, **flags)
+    from swarmcpp.commands import plan as command
+
+    command.run(_server(loaded, url), added or [], as_json=as_json)
+
+
+@app.command()
 @_with_settings("api_key", "data_dir")
 def peers(url: Url = None, config: ConfigFile = None, as_json: AsJson = False, **flags: Flag) -> None:
     """List the other nodes of the swarm.

@@ -81,7 +81,7 @@ class Started:
     """A request has its first token: where it runs, and the seconds by stage that it took until then."""
 
     route: str
-    """As users see it: "local", or "peer" and the name of the node."""
+    """As users see it: "local", "peer" and the name of the node, or "stages", each with its node and layers."""
     queue_s: float = 0.0
     fetch_s: float = 0.0
     """Waiting for blocks from peers."""

@@ -23,6 +23,7 @@ from swarmcpp.route.passes import micro_batches
 from swarmcpp.swarm.identity import JoinToken
 from swarmcpp.swarming.head import StageRunner
 from swarmcpp.swarming.models import Served
+from swarmcpp.swarming.placing import PlannedModel, memory_text
 from swarmcpp.swarming.swarm import Swarm
 
 
@@ -90,9 +91,13 @@ async def run(
     """
     host = LayerHost(config, model, swarm, obtain, on_progress)
     fingerprint, n_layers = model.manifest.fingerprint, model.file.n_layers
-    runner = StageRunner(lambda: host.status, lambda: swarm.pipelines.missing(fingerprint, n_layers))
+    runner = StageRunner(lambda: host.status, lambda: swarm.pipelines.missing(fingerprint, n_layers), swarm.chain_text)
     info = _info(model)
+    planned = PlannedModel(model.id, model.file, fingerprint, model.ctx_size, model.slots)
+    shape = await asyncio.to_thread(planned.shape)
+    swarm.pipelines.room = lambda missing: memory_text(shape, swarm.told(), missing)
     node = Node(config, info, runner, swarm)
+    node.planned = planned
     server = await start_api(config, node)
     mover: asyncio.Task[None] | None = None
 

@@ -16,6 +16,9 @@ from swarmcpp.supervisor import EngineStatus, EngineSupervisor
 from swarmcpp.swarm.fetch import Fetched
 from swarmcpp.wire import EngineOptions
 
+LOCAL = "local"
+"""The route of a request that runs in this node's own engine."""
+
 MAX_RETRY_AFTER_S = 30.0
 
 Fetch = Callable[[GenerateRequest], Awaitable[Fetched]]
@@ -57,6 +60,10 @@ class Runner(Protocol):
 
     def load(self, ttft_s: float = 0.0) -> Load:
         """How busy it is; `ttft_s` is told with it."""
+        ...
+
+    def route(self, request_id: str) -> str:
+        """Where a request runs, as users see it: LOCAL, or the stages that it goes through."""
         ...
 
     def admit(self, request: GenerateRequest) -> GenerateRequest:
@@ -107,6 +114,10 @@ class LocalReplica:
     def usable(self) -> bool:
         """Whether requests can be submitted, if only for an engine that is starting."""
         return self.supervisor.status.state not in ("failed", "stopped")
+
+    def route(self, request_id: str) -> str:
+        """See `Runner`."""
+        return LOCAL
 
     def load(self, ttft_s: float = 0.0) -> Load:
         """How busy it is; requests that wait for blocks of peers wait like others."""

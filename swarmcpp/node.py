@@ -44,10 +44,11 @@ from swarmcpp.models.capacity import choose_capacity
 from swarmcpp.models.inspect import ModelFile, inspect
 from swarmcpp.models.manifest import manifest_of
 from swarmcpp.peers import ModelOffer, TokenPart
-from swarmcpp.status import SwarmStatus
+from swarmcpp.status import SwarmPlan, SwarmStatus
 from swarmcpp.supervisor import EngineStatus, EngineSupervisor
 from swarmcpp.swarm.identity import JoinToken
 from swarmcpp.swarming.models import Served
+from swarmcpp.swarming.placing import PlannedModel, plan
 from swarmcpp.swarming.swarm import Swarm
 from swarmcpp.wire import EngineOptions
 
@@ -126,6 +127,9 @@ class Node:
         self._swarm = swarm
         self._vocab: VocabModel | None = None
         self._codec: ChatCodec | None = None
+        self._planning = asyncio.Lock()
+        self.planned: PlannedModel | None = None
+        """What /swarm/plan is about; None until it is loaded."""
         self.names = frozenset({info.id, info.path, Path(info.path).name})
 
     async def read_text(self, path: Path, chat_template: str | None) -> Vocab:
@@ -155,7 +159,7 @@ class Node:
     def snapshot(self) -> NodeSnapshot:
         """See `core.Service`."""
         status, stats = self._runner.status, self._runner.stats
-        starting = status.state == "ready" and self._codec is None
+        starting = status.state == "ready" and self._codec is None and not self._elsewhere
         return NodeSnapshot(
             state="starting" if starting else status.state,
             detail=status.detail or (f"loading, {status.load_fraction:.0%}" if status.state == "starting" else ""),
@@ -173,6 +177,21 @@ class Node:
     def swarm_status(self) -> SwarmStatus:
         """The swarm as this node sees it, for /swarm/status."""
         return self._swarm.status() if self._swarm else SwarmStatus(at=time.time())
+
+    async def swarm_plan(self, added: Sequence[str]) -> SwarmPlan:
+        """Who would hold what of this node's model, for /swarm/plan. Raises NotReady, BadRequest, BadModel."""
+        if self._swarm is None:
+            raise NotReady("this node is in no swarm; start it with --swarm")
+        # One at a time: each takes a core for as long as a second for every machine that is added.
+        async with self._planning:
+            if self.planned is None:
+                raise NotReady("this node serves no model yet; ask again when it does, or ask another one with --url")
+            return await asyncio.to_thread(plan, self.planned, self._swarm.capabilities(), added)
+
+    @property
+    def _elsewhere(self) -> bool:
+        """Whether a peer answers with this node's model."""
+        return self._swarm is not None and self._swarm.models.offer(self._info.id) is not None
 
     def limits(self, model: str | None = None) -> Limits:
         """See `core.Service`."""
@@ -198,8 +217,11 @@ class Node:
                 return await self._swarm.models.codec(model)
             raise UnknownModel(f"model {model!r} is not served here; this node serves {self._info.id!r}")
         if self._codec is None:
+            # A node that only computes layers has no vocabulary: those who answer with the model are asked.
+            if self._swarm and self._elsewhere:
+                return await self._swarm.models.codec(self._info.id)
             raise NotReady(self.snapshot().detail or "the model is still loading")
-        if not self._runner.usable and not (self._swarm and self._swarm.models.offer(self._info.id)):
+        if not self._runner.usable and not self._elsewhere:
             raise NotReady(self.snapshot().detail)
         return self._codec
 
@@ -392,6 +414,7 @@ async def _offer(swarm: Swarm, node: Node, replica: LocalReplica, prepared: Prep
     )
     swarm.give(manifest, prepared.model.files)
     swarm.serve(Served(replica, offer, node.names, replica))
+    node.planned = PlannedModel(info.id, prepared.model, manifest.fingerprint, replica.ctx_size, replica.slots)
 
 
 async def start_api(config: Config, node: Node) -> RunningServer:

@@ -16,6 +16,8 @@ MAX_ROWS: Final = 1024
 MAX_TEXT: Final = 200
 """Characters of one text that are read."""
 MAX_ADDRESSES: Final = 16
+"""Texts of one list that are read."""
+MAX_SENTENCE: Final = 1000
 MAX_NUMBER: Final = 1e15
 """Numbers above are cut: no memory, rate or count of tokens is larger."""
 
@@ -41,8 +43,13 @@ class NodeRow:
     model: str = ""
     first_layer: int = 0
     last_layer: int = 0
-    """It holds the layers [first_layer, last_layer) of `n_layers`."""
+    """What it holds lies in the layers [first_layer, last_layer) of `n_layers`."""
     n_layers: int = 0
+    ranges: tuple[str, ...] = ()
+    """What it holds, each range as FIRST-LAST (LAST not included); they may overlap. Older nodes do not tell."""
+    role: str = ""
+    """replica: it answers alone. head: it answers through stages, its own or others'. stage: it computes for heads.
+    Empty: nothing is loaded, or the node is older."""
     slots_busy: int = 0
     slots: int = 0
     waiting: int = 0
@@ -96,10 +103,53 @@ class SwarmStatus:
     at: float = 0.0
 
 
-Row = TypeVar("Row", NodeRow, RequestRow, EventRow)
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """A range [first, last) of layers that a node shall hold: its memory in bytes, the seconds of a decode pass of one
+    row. Rows of one `pipeline` (from 1) answer together; 0: the layers wait for a machine that brings the rest."""
+
+    node: str = ""
+    name: str = ""
+    pipeline: int = 0
+    first: int = 0
+    last: int = 0
+    memory: int = 0
+    pass_s: float = 0.0
 
 
-def to_json(status: SwarmStatus) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class PlanRates:
+    """What to expect: tokens/s of one user and of all together, and seconds to the first token of a prompt of 512; all
+    0 where the model cannot run."""
+
+    one_tps: float = 0.0
+    all_tps: float = 0.0
+    ttft_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmPlan:
+    """Who would hold what of `model`, in numbers and in `sentences`, with the machines `added`; `before`: without
+    these. `missing` are the ranges of layers that no machine can hold, and `missing_bytes` what they need."""
+
+    model: str = ""
+    n_layers: int = 0
+    ctx_size: int = 0
+    slots: int = 0
+    rates: PlanRates = PlanRates()
+    before: PlanRates = PlanRates()
+    rows: tuple[PlanRow, ...] = ()
+    added: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    """Each as FIRST-LAST (LAST not included)."""
+    missing_bytes: int = 0
+    sentences: tuple[str, ...] = ()
+
+
+Row = TypeVar("Row", NodeRow, RequestRow, EventRow, PlanRow, PlanRates)
+
+
+def to_json(status: SwarmStatus | SwarmPlan) -> dict[str, Any]:
     """`status` as a document of JSON."""
     return asdict(status)
 
@@ -114,6 +164,29 @@ def from_json(document: Mapping[str, Any]) -> SwarmStatus:
         events=_rows(EventRow, document.get("events")),
         at=_value(0.0, document.get("at")),
     )
+
+
+def plan_from_json(document: Mapping[str, Any]) -> SwarmPlan:
+    """The plan in a document of JSON, whatever is in it."""
+    found = document.get("sentences")
+    sentences = found[:MAX_ROWS] if isinstance(found, list | tuple) else ()
+    return SwarmPlan(
+        model=_value("", document.get("model")),
+        n_layers=_value(0, document.get("n_layers")),
+        ctx_size=_value(0, document.get("ctx_size")),
+        slots=_value(0, document.get("slots")),
+        rates=_rates(document.get("rates")),
+        before=_rates(document.get("before")),
+        rows=_rows(PlanRow, document.get("rows")),
+        added=_value((), document.get("added")),
+        missing=_value((), document.get("missing")),
+        missing_bytes=_value(0, document.get("missing_bytes")),
+        sentences=tuple(_text(each, MAX_SENTENCE) for each in sentences if isinstance(each, str)),
+    )
+
+
+def _rates(found: object) -> PlanRates:
+    return _row(PlanRates, found) if isinstance(found, Mapping) else PlanRates()
 
 
 def _rows(cls: type[Row], found: object) -> tuple[Row, ...]:
@@ -141,6 +214,6 @@ def _value(default: Any, found: object) -> Any:
     return default if math.isnan(number) else type(default)(number)
 
 
-def _text(found: str) -> str:
+def _text(found: str, size: int = MAX_TEXT) -> str:
     # JSON can carry half a surrogate pair, which no terminal takes.
-    return found[:MAX_TEXT].encode("utf-8", "replace").decode()
+    return found[:size].encode("utf-8", "replace").decode()

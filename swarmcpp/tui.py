@@ -5,6 +5,7 @@ Nothing here depends on colour: a style only repeats what the text says.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,11 @@ SLOW_DECODE_TPS = 3.0
 """Of one stream: about the pace of reading aloud; people notice what is below."""
 SLOW_LINK = 1.25e6
 """Bytes/s, 10 Mbit/s: reading a prompt anew is mostly faster than its KV over such a link."""
+
+MAX_RANGES = 3
+"""Ranges of layers of one node that are told as numbers."""
+
+_RANGE = re.compile(r"(\d{1,6})-(\d{1,6})", re.ASCII)
 
 _STYLES = {"suspect": "yellow", "gone": "dim red", "here": "bold", "queued": "yellow"}
 
@@ -102,6 +108,8 @@ def reason(status: SwarmStatus) -> str:
     for node in alive:
         if not node.slots:
             return f"slow? {_name(node)} has no slots: its model is loading, or its engine failed"
+    if missing := _missing(alive):
+        return missing
     for node in alive:
         pace = node.decode_tps / max(1, node.slots_busy)
         if 0 < pace < SLOW_DECODE_TPS:
@@ -112,10 +120,27 @@ def reason(status: SwarmStatus) -> str:
     return ""
 
 
+def _missing(alive: Sequence[NodeRow]) -> str:
+    """Which layers are on no node, of a model that has stages and nobody who answers with it."""
+    answered = {node.model for node in alive if node.role in ("replica", "head")}
+    for model, depth in sorted({(node.model, node.n_layers) for node in alive if node.role == "stage"}):
+        nodes = [node for node in alive if (node.model, node.n_layers) == (model, depth)]
+        at, gaps = 0, []
+        for first, last in sorted(each for node in nodes for each in held_ranges(node)):
+            gaps += [f"{at}-{first}"] * (at < first)
+            at = max(at, last)
+        gaps += [f"{at}-{depth}"] * (at < depth)
+        if gaps and model not in answered:
+            return f"no answers: layers {', '.join(gaps[:MAX_RANGES])} of {clean(model, 30)} are on no node"
+    return ""
+
+
 def _summary(status: SwarmStatus) -> str:
     alive = [node for node in status.nodes if node.status != "gone"]
     swarm = f"swarm {clean(status.swarm, 16)}" if status.swarm else "no swarm"
-    busy, waiting = (sum(getattr(node, name) for node in alive) for name in ("slots_busy", "waiting"))
+    # What runs on a stage is counted where it is answered.
+    answering = [node for node in alive if node.role != "stage"]
+    busy, waiting = (sum(getattr(node, name) for node in answering) for name in ("slots_busy", "waiting"))
     nodes = f"{len(alive)} node{'' if len(alive) == 1 else 's'}"
     return f"{swarm}: {nodes}, {busy} running, {waiting} waiting, {sum(node.decode_tps for node in alive):.1f} tok/s"
 
@@ -158,7 +183,7 @@ def _requests(rows: Sequence[RequestRow]) -> list[Column]:
         Column("request", [clean(row.id, 40) for row in rows], 1, least=12),
         Column("model", [clean(row.model, 40) for row in rows], 5, least=6),
         Column("state", [clean(row.state, 8) for row in rows], 2, least=7),
-        Column("route", [clean(row.route, 60) for row in rows], 0, least=10),
+        Column("route", [clean(row.route, 100) for row in rows], 0, least=10),
         Column("prompt", [str(row.prompt_tokens) for row in rows], 4),
         Column("tokens", [str(row.generated) for row in rows], 3),
         Column("time", [f"{row.seconds:.1f} s" for row in rows], 6),
@@ -193,20 +218,38 @@ def fit(columns: list[Column], width: int, gap: int) -> list[Column]:
     return kept
 
 
+def held_ranges(node: NodeRow) -> list[tuple[int, int]]:
+    """The ranges of layers that the node holds, those that follow one another joined; what is no range is left out."""
+    told = [(int(found[1]), int(found[2])) for each in node.ranges if (found := _RANGE.fullmatch(each))]
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(told or [(node.first_layer, node.last_layer)]):
+        if not 0 <= first < last <= node.n_layers:
+            continue
+        if joined and first <= joined[-1][1]:
+            first, last = joined[-1][0], max(last, joined.pop()[1])
+        joined.append((first, last))
+    return joined
+
+
 def layer_bar(node: NodeRow, width: int, ascii_only: bool) -> str:
     """The layers that the node holds as part of its model's depth; empty when it tells none."""
-    first, last, depth = node.first_layer, node.last_layer, node.n_layers
-    if not 0 <= first < last <= depth:
-        return ""
-    start = first * width // depth
-    # However few the layers are, there is something to see.
-    end = max(start + 1, last * width // depth)
+    ranges, depth = held_ranges(node), node.n_layers
     full, empty = ("#", ".") if ascii_only else ("█", "░")
-    return f"{empty * start}{full * (end - start)}{empty * (width - end)}"
+    cells = [empty] * width if ranges else []
+    for first, last in ranges:
+        start = first * width // depth
+        # However few the layers are, there is something to see.
+        end = max(start + 1, last * width // depth)
+        cells[start:end] = full * (end - start)
+    return "".join(cells)
 
 
 def _held(node: NodeRow) -> str:
-    return f"{node.first_layer}-{node.last_layer}/{node.n_layers}" if node.n_layers else "-"
+    if not node.n_layers:
+        return "-"
+    ranges = held_ranges(node)
+    told = [f"{first}-{last}" for first, last in ranges[:MAX_RANGES]] + ["..."] * (len(ranges) > MAX_RANGES)
+    return f"{','.join(told) or 'none'}/{node.n_layers}{' head' if node.role == 'head' else ''}"
 
 
 def shares(node: NodeRow) -> tuple[str, str, str, str]:

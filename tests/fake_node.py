@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Self
 
 from swarmcpp.api.listener import RunningServer, start_server
 from swarmcpp.api.options import ServerOptions
 from swarmcpp.api.server import build_app
 from swarmcpp.api.swarm import add_routes
-from swarmcpp.status import EventRow, NodeRow, RequestRow, SwarmStatus
+from swarmcpp.errors import BadRequest
+from swarmcpp.status import EventRow, NodeRow, PlanRates, PlanRow, RequestRow, SwarmPlan, SwarmStatus
 from swarmcpp.testing import FakeService
 
 KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
@@ -72,6 +75,20 @@ def three_nodes(swarm: str = "1f3a5b7c9d0e1f2a") -> SwarmStatus:
     )
 
 
+def two_halves() -> SwarmPlan:
+    """A plan for two machines that hold a half each."""
+    return SwarmPlan(
+        model="big",
+        n_layers=24,
+        ctx_size=4096,
+        slots=4,
+        rates=PlanRates(10.0, 25.5, 1.25),
+        before=PlanRates(8.0, 20.0, 1.5),
+        rows=(PlanRow("a" * 16, "laptop", 1, 0, 12, 10**9, 0.02), PlanRow("b" * 16, "box", 1, 12, 24, 10**9, 0.03)),
+        sentences=("laptop -> box answer together.", "Expected: 10 tokens/s."),
+    )
+
+
 class FakeNode:
     """Used with `with`; `status` may be replaced at any time. `asked` counts the answers."""
 
@@ -87,6 +104,11 @@ class FakeNode:
     def swarm_status(self) -> SwarmStatus:
         self.asked += 1
         return self.status
+
+    async def swarm_plan(self, added: Sequence[str]) -> SwarmPlan:
+        if "nobody" in added:
+            raise BadRequest("with 'nobody': is no node of the swarm", param="with")
+        return replace(two_halves(), added=tuple(added))
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -34,6 +34,8 @@ NODES = st.builds(
     first_layer=st.integers(0, 100),
     last_layer=st.integers(0, 100),
     n_layers=st.integers(0, 100),
+    ranges=st.lists(st.builds("{}-{}".format, COUNT, COUNT) | TEXT, max_size=5).map(tuple),
+    role=st.sampled_from(["", "replica", "head", "stage"]),
     slots_busy=COUNT,
     slots=COUNT,
     waiting=COUNT,
@@ -128,6 +130,39 @@ def test_layers(first: int, last: int, depth: int, bar: str) -> None:
 def test_a_bar_has_its_width_and_shows_something(first: int, held: int, rest: int, width: int) -> None:
     bar = tui.layer_bar(NodeRow(first_layer=first, last_layer=first + held, n_layers=first + held + rest), width, True)
     assert len(bar) == width and "#" in bar
+
+
+@pytest.mark.parametrize(
+    ("ranges", "role", "bar", "held"),
+    [
+        (("0-6",), "head", "##......", "0-6/24 head"),
+        (("0-6", "12-18"), "stage", "##..##..", "0-6,12-18/24"),
+        (("12-18", "0-6", "6-9", "14-24"), "", "###.####", "0-9,12-24/24"),
+        (("23-24",), "stage", ".......#", "23-24/24"),
+        (("0-1", "3-4", "6-7", "9-10", "12-13"), "", "#####...", "0-1,3-4,6-7,.../24"),
+        (("x", "9-3", "0-99", "9" * 50 + "-1"), "stage", "", "none/24"),
+        ((), "", "..######", "6-24/24"),
+    ],
+)
+def test_the_ranges_that_a_node_holds(ranges: tuple[str, ...], role: str, bar: str, held: str) -> None:
+    node = NodeRow(name="box", first_layer=6, last_layer=24, n_layers=24, ranges=ranges, role=role, slots=1)
+    assert tui.layer_bar(node, 8, True) == bar
+    assert held in "\n".join(view(SwarmStatus(nodes=(node,)), 100))
+
+
+def test_what_runs_on_a_stage_is_counted_at_its_head() -> None:
+    head = NodeRow(id="a", model="m", n_layers=8, ranges=("0-4",), role="head", slots=4, slots_busy=3)
+    stage = replace(head, id="b", ranges=("4-8",), role="stage")
+    assert view(SwarmStatus(nodes=(head, stage)))[0] == "no swarm: 2 nodes, 3 running, 0 waiting, 0.0 tok/s"
+
+
+def test_layers_that_nobody_holds_are_told() -> None:
+    one = NodeRow(id="a", model="m", n_layers=24, ranges=("2-8",), role="stage", slots=4)
+    two = replace(one, id="b", ranges=("6-12", "13-20"))
+    told = tui.reason(SwarmStatus(nodes=(one, two)))
+    assert told == "no answers: layers 0-2, 12-13, 20-24 of m are on no node"
+    assert tui.reason(SwarmStatus(nodes=(replace(one, ranges=("0-8",)), replace(two, ranges=("8-24",))))) == ""
+    assert tui.reason(SwarmStatus(nodes=(one, replace(two, role="replica", ranges=("0-24",))))) == ""
 
 
 def test_names_of_peers_are_only_text() -> None:

@@ -175,7 +175,7 @@ class Answer:
             "request %s route=%s queue=%.3fs fetch=%.3fs prefill=%.3fs ttft=%s decode=%.1ftok/s "
             "prompt=%d cached=%d completion=%d finish=%s",
             request.id,
-            replies.route_text(started.route).replace(" ", ":") if started else "-",
+            replies.route_text(started.route).replace(", ", ",").replace(" ", ":") if started else "-",
             times.queue_s if times else 0.0,
             started.fetch_s if started else 0.0,
             times.prefill_s if times else 0.0,

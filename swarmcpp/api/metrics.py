@@ -76,7 +76,7 @@ class Metrics:
 
     def routed(self, route: str, outcome: str) -> None:
         """Count the end of a choice that had begun at `route`. A peer's name is no label: there is no end of them."""
-        self._routed.labels("local" if route == "local" else "peer", outcome).inc()
+        self._routed.labels(route.partition(" ")[0], outcome).inc()
 
     def choice(self, tokens: int, seconds: float, usage: Usage | None) -> None:
         """Count the end of a choice: `tokens` seen, `seconds` from the first to the last, usage when it finished."""

@@ -18,7 +18,10 @@ DONE_EVENT = b"data: [DONE]\n\n"
 encode = msgspec.json.encode
 
 MAX_ROUTE = 80
-"""Characters of one route in a header."""
+"""Characters of one route in a header,"""
+
+MAX_CHAIN = 200
+"""and of one through stages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +179,10 @@ def route_headers(started: Sequence[Started | None], done: Done | None = None) -
 
 
 def route_text(route: str) -> str:
-    """A route as it can stand in a header and in a line of the log. Names of peers are theirs to choose."""
-    return "".join(char if " " <= char <= "~" and char != "," else "_" for char in route[:MAX_ROUTE])
+    """A route as it can stand in a header and in a line of the log. Names of peers are theirs to choose; those in a
+    chain of stages, where commas divide them, have none."""
+    refused, size = ("", MAX_CHAIN) if route.startswith("stages ") else (",", MAX_ROUTE)
+    return "".join(char if " " <= char <= "~" and char not in refused else "_" for char in route[:size])
 
 
 def error_body(error: SwarmError) -> JsonObject:

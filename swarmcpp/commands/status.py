@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 from rich.console import Console, Group
@@ -35,11 +36,15 @@ class StatusClient(ChatClient):
     """A session with one node; used with `async with`."""
 
     async def status(self) -> SwarmStatus:
-        """The swarm now. Raises StartupError when there is no server, WireError when it is slow or no swarmcpp, and
-        the error that it reports."""
+        """The swarm now. Raises as `document`."""
+        return from_json(await self.document("/swarm/status", ANSWER_TIMEOUT_S))
+
+    async def document(self, path: str, timeout_s: float) -> dict[str, Any]:
+        """What the node answers. Raises StartupError when there is no server, WireError when it is slow or no swarmcpp,
+        and the error that it reports."""
         try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                async with await self._request("GET", "/swarm/status") as response:
+            async with asyncio.timeout(timeout_s):
+                async with await self._request("GET", path) as response:
                     body = bytearray()
                     async for chunk in response.content.iter_any():
                         body += chunk
@@ -47,14 +52,14 @@ class StatusClient(ChatClient):
                             raise WireError(f"{self.url} answered more than {MAX_ANSWER_BYTES} bytes")
             document = json.loads(body)
         except TimeoutError as error:
-            raise WireError(f"no answer from {self.url} within {ANSWER_TIMEOUT_S:.0f} s; is it overloaded?") from error
+            raise WireError(f"no answer from {self.url} within {timeout_s:.0f} s; is it overloaded?") from error
         except (aiohttp.ClientError, OSError) as error:
             raise WireError(f"{self.url} broke off in the middle of its answer") from error
         except (UnknownRoute, ValueError, RecursionError) as error:
             raise self._no_node() from error
         if not isinstance(document, dict):
             raise self._no_node()
-        return from_json(document)
+        return document
 
     def _no_node(self) -> WireError:
         return WireError(f"{self.url} does not tell of a swarm; start a swarmcpp of this version there")

@@ -123,6 +123,10 @@ class Conductor:
         waiting = max(0, self.ahead - stats.streams)
         return Load(stats.streams, waiting, stats.prefill_tps, stats.decode_tps, ttft_s, backlog)
 
+    def chain(self, request_id: str) -> Chain:
+        """The stages that a request runs on; none when it waits for them, or is not there."""
+        return next((run.ran for run in self._runs.values() if run.request.id == request_id), ())
+
     def admit(self, request: GenerateRequest) -> GenerateRequest:
         """`request` with a limit of tokens that fits. Raises PromptTooLong, QueueFull, NotReady."""
         self._finder.check()
@@ -244,6 +248,7 @@ class Conductor:
             run.cause = None
             diag(logger, "pipeline failover", request=run.request.id, node=node, reason=reason, resumed_at=position)
         run.placed(position, self._clock())
+        run.ran = run.chain
         lane = self._lanes.get(run.chain)
         if lane is None:
             # Those that nobody uses any more; the last one stays, with what it has learned.

@@ -10,7 +10,11 @@ from swarmcpp.route.passes import Curve, pass_s
 LEAST_LIMIT_S = 3.0
 UNKNOWN_LIMIT_S = 60.0
 SLACK = 8.0
-"""Times what is expected that a pass may take: other heads use the same stages, and each hop has a limit of its own."""
+"""Times what is expected that a pass may take: other heads use the same stages."""
+
+STAGE_PATIENCE = 1 / 6
+"""How much longer a head waits for each stage: each hop has a limit of its own, of the same rule (swarm/stagecall.py)
+and so shorter, and names the node that is silent, which the head cannot know."""
 
 
 def cut(members: Sequence[int], count: int) -> list[list[int]]:
@@ -46,6 +50,7 @@ def expected_s(curves: Sequence[Curve], rows: int) -> float | None:
     return sum(pass_s(curve, rows, 0) for curve in curves) if all(curves) else None
 
 
-def limit_s(expected: float | None) -> float:
-    """Seconds after which a pass that is expected to take so long, waiting included, counts as failed."""
-    return UNKNOWN_LIMIT_S if expected is None else max(LEAST_LIMIT_S, SLACK * expected)
+def limit_s(expected: float | None, stages: int) -> float:
+    """Seconds after which a pass that is expected to take so long on `stages`, waiting included, counts as failed."""
+    limit = UNKNOWN_LIMIT_S if expected is None else max(LEAST_LIMIT_S, SLACK * expected)
+    return limit * (1 + STAGE_PATIENCE * stages)

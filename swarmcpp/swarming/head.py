@@ -8,27 +8,35 @@ from dataclasses import replace
 from swarmcpp.core import EngineStats, GenerateRequest
 from swarmcpp.engineprocess import EngineStatus
 from swarmcpp.errors import NotReady
-from swarmcpp.local import Fetch
+from swarmcpp.local import LOCAL, Fetch
 from swarmcpp.peers import Load, TokenPart
 from swarmcpp.pipeline.conductor import Conductor
+from swarmcpp.pipeline.runs import Chain
+
+ONLY_LAYERS = "this node has layers of the model only, and answers once the swarm has a node with the first layer"
 
 
 class StageRunner:
     """Satisfies `local.Runner`. `engine` tells how this node's own stages are, `missing` what is missing for a chain,
-    in words; as long as there is no `conductor` this node only computes for other heads."""
+    in words, and `told` a chain; as long as there is no `conductor` this node only computes for other heads."""
 
-    def __init__(self, engine: Callable[[], EngineStatus], missing: Callable[[], str]) -> None:
+    def __init__(
+        self, engine: Callable[[], EngineStatus], missing: Callable[[], str], told: Callable[[Chain], str]
+    ) -> None:
         self._engine = engine
         self._missing = missing
+        self._told = told
         self.conductor: Conductor | None = None
 
     @property
     def status(self) -> EngineStatus:
         """Of the node's stages; of the whole chain where this node is a head."""
         own = self._engine()
-        if self.conductor is None or own.state != "ready":
+        if own.state != "ready":
             return own
         missing = self._missing()
+        if self.conductor is None:
+            return replace(own, detail=missing or ONLY_LAYERS)
         return replace(own, state="starting", detail=missing) if missing else own
 
     @property
@@ -63,6 +71,11 @@ class StageRunner:
         """How busy the head is."""
         return self.conductor.load(ttft_s) if self.conductor else Load()
 
+    def route(self, request_id: str) -> str:
+        """See `local.Runner`."""
+        chain = self.conductor.chain(request_id) if self.conductor else ()
+        return self._told(chain) if chain else LOCAL
+
     def admit(self, request: GenerateRequest) -> GenerateRequest:
         """See `local.Runner`."""
         return self._head().admit(request)
@@ -73,5 +86,5 @@ class StageRunner:
 
     def _head(self) -> Conductor:
         if self.conductor is None:
-            raise NotReady(self._missing() or "this node has layers of the model only; ask the node with the first one")
+            raise NotReady(self._missing() or ONLY_LAYERS)
         return self.conductor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -28,6 +28,13 @@ EXPECTED_TOKENS: Final = 256
 COMPRESS_BELOW: Final = 40e6
 """Bytes/s of a link below which 8-bit rows are worth their rounding: there a pass of 16 rows of 4,096 values waits more
 than 5 ms for its rows."""
+
+
+MAX_TOLD: Final = 8
+"""Ranges of layers that one sentence tells."""
+
+Room = Callable[[Sequence[tuple[int, int]]], str]
+"""What to do about layers [first, last) that nobody holds, in words."""
 
 
 @dataclass(slots=True)
@@ -79,6 +86,7 @@ class Pipelines:
         self._service = service
         self._compression = compression
         self._hosted: dict[StageRef, OwnStage] = {}
+        self.room: Room = lambda _missing: "start another with `swarmcpp join`, or give one more --memory"
 
     # -- this node's own -------------------------------------------------------------------------------------------
 
@@ -128,12 +136,12 @@ class Pipelines:
             found = find_route(stages, n_layers, self._own, links, DEFAULT_LINK, work, ask.avoid)
             if found is not None:
                 return tuple(stages[stage] for stage in found.stages)
-        raise NotReady(missing_text([_stage(each) for each in seen], n_layers))
+        raise NotReady(missing_text([_stage(each) for each in seen], n_layers, self.room))
 
     def missing(self, fingerprint: bytes, n_layers: int) -> str:
         """What is missing for a chain, in words; empty when there is one."""
         stages = [_stage(each) for each in self.seen(fingerprint)]
-        return "" if chain_exists(stages, n_layers) else missing_text(stages, n_layers)
+        return "" if chain_exists(stages, n_layers) else missing_text(stages, n_layers, self.room)
 
     def caller(self, ref: StageRef) -> StageCaller:
         """A stage as a head drives it."""
@@ -166,17 +174,19 @@ class Pipelines:
         return known_links(self._own, self._mesh.links.observed(), told)
 
 
-def missing_text(stages: Sequence[Stage], n_layers: int) -> str:
-    """Why no chain leads through a model."""
+def missing_text(stages: Sequence[Stage], n_layers: int, room: Room) -> str:
+    """Why no chain leads through a model. Ranges are as in --layers: without their last number."""
     missing = gaps(stages, n_layers)
     if missing:
-        ranges = ", ".join(f"{first} to {last - 1}" if last - first > 1 else str(first) for first, last in missing)
-        return (
-            f"layers {ranges} of {n_layers} are on no node that runs now: "
-            "start another with `swarmcpp join`, or give one more --memory"
-        )
+        ranges = ", ".join(f"{first}-{last}" for first, last in missing[:MAX_TOLD])
+        more = ", ..." if len(missing) > MAX_TOLD else ""
+        return f"layers {ranges}{more} of {n_layers} are on no node that runs now; {room(missing)}"
     if not chain_exists(stages, n_layers):
-        return "every layer is there, but in ranges that do not follow one another: leave out --layers on some node"
+        held = ", ".join(sorted({f"{each.first}-{each.last}" for each in stages})[:MAX_TOLD])
+        return (
+            f"every layer is there, but in ranges that do not follow one another ({held} of {n_layers}): start one of "
+            "these nodes without --layers, or with others"
+        )
     return "the stages of the model do not answer now; try again in a moment"
 
 

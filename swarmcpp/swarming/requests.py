@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Final
@@ -97,8 +97,8 @@ class Requests:
         return tuple(self._running.values())
 
     @contextlib.contextmanager
-    def tracked(self, request: GenerateRequest, route: str = "") -> Iterator[Running]:
-        """Show a request as running."""
+    def tracked(self, request: GenerateRequest, route: Callable[[], str] = str) -> Iterator[Running]:
+        """Show a request as running; `route` tells where."""
         self._serial += 1
         serial = self._serial
         row = self._running[serial] = Running(request, route, self._clock())
@@ -126,21 +126,23 @@ class Requests:
                 choice = self._choose(current, local, failed)
                 if choice is None:
                     raise cause or self._nowhere(request, local)
-                row.route = choice.replica.route
+                row.route = route = _teller(choice.replica, request, local)
+                told = ""
                 try:
                     async with aclosing(self._run(choice.replica, current, local)) as parts:
                         async for part in parts:
                             produced.extend(part.tokens)
                             row.generated = len(produced)
-                            yield row.route, part
+                            told = told or route()
+                            yield told, part
                             if part.finish:
                                 return
-                    raise PeerLost(f"{row.route} ended an answer before its end")
+                    raise PeerLost(f"{choice.replica.route} ended an answer before its end")
                 except ELSEWHERE as error:
                     failed.add(choice.replica.node)
                     cause = error
                     if choice.replica.name:
-                        self._mesh.note(f"{request.id} goes on elsewhere, {row.route} failed: {error}")
+                        self._mesh.note(f"{request.id} goes on elsewhere, {choice.replica.route} failed: {error}")
 
     @staticmethod
     def _nowhere(request: GenerateRequest, local: Runner | None) -> SwarmError:
@@ -256,3 +258,10 @@ class Requests:
                     decode_s=self._clock() - first_at,
                     streams=1,
                 )
+
+
+def _teller(replica: Replica, request: GenerateRequest, local: Runner | None) -> Callable[[], str]:
+    """What tells where a request runs now."""
+    if replica.name or local is None:
+        return lambda: replica.route
+    return lambda: local.route(request.id)

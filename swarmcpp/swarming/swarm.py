@@ -17,6 +17,7 @@ from swarmcpp.config import Config
 from swarmcpp.core import Clock, GenerateRequest, Limits
 from swarmcpp.errors import UnknownModel
 from swarmcpp.hardware import read_hardware
+from swarmcpp.local import LOCAL
 from swarmcpp.models.manifest import Manifest
 from swarmcpp.models.modelfiles import SparseModel
 from swarmcpp.peers import Address, Capability, Load, NodeId, StageOffer, TokenPart
@@ -31,6 +32,7 @@ from swarmcpp.peerwire import (
     GetManifest,
     ListBlocks,
 )
+from swarmcpp.stages import StageRef
 from swarmcpp.status import EventRow, SwarmStatus
 from swarmcpp.swarm.discovery import Discovery, lan_addresses
 from swarmcpp.swarm.endpoint import Responder
@@ -46,7 +48,7 @@ from swarmcpp.swarming.models import Served, SwarmModels
 from swarmcpp.swarming.pipelines import Pipelines
 from swarmcpp.swarming.requests import Requests
 from swarmcpp.swarming.stages import StageService
-from swarmcpp.swarming.view import node_row, request_rows
+from swarmcpp.swarming.view import chain_text, node_row, request_rows
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ class Swarm:
         self.stages = StageService(identity.node_id, self.mesh.caller, clock)
         compression = config.inference.activation_compression
         self.pipelines = Pipelines(identity.node_id, self.mesh, self.stages, compression=compression)
+        self._own: Capability | None = None
         self._told: tuple[StageOffer, ...] = ()
         self._told_at = clock()
         self.blocks = SharedBlocks(config, key, self.mesh, self.trust, self.models, clock)
@@ -188,7 +191,7 @@ class Swarm:
         """See `mesh.Services`."""
         served, cache = self.models.served, self.blocks.cache
         load = served.runner.load(self.requests.tally.ttft_s) if served else Load()
-        return Capability(
+        self._own = Capability(
             node=self._identity.node_id,
             boot=self._identity.boot,
             name=self._config.swarm.name or platform.node(),
@@ -208,6 +211,7 @@ class Swarm:
             stages=self._stages(),
             memory_model=self._memory_model(served),
         )
+        return self._own
 
     def _stages(self) -> tuple[StageOffer, ...]:
         """This node's stages. Their times and free sequences change with every request, and are told now and then."""
@@ -226,9 +230,18 @@ class Swarm:
 
     def capabilities(self) -> list[Capability]:
         """What the nodes that can be asked now say of themselves, this one first."""
+        self.capability()
+        return self.told()
+
+    def told(self) -> list[Capability]:
+        """As `capabilities`, this node as it was told last: for what is asked often, or by `capability` itself."""
         callers = self.mesh.callers()
         peers = [view.capability for view in self.mesh.membership.peers() if view.capability.node in callers]
-        return [self.capability(), *peers]
+        return [self._own, *peers] if self._own else peers
+
+    def chain_text(self, chain: Sequence[StageRef]) -> str:
+        """A chain of stages as users see it."""
+        return chain_text(chain, {each.node: each.name for each in self.told()})
 
     # -- what peers ask ------------------------------------------------------------------------------------------
 
@@ -239,7 +252,7 @@ class Swarm:
             raise UnknownModel(f"model {message.request.model[:80]!r} is not served by this node", param="model")
 
         async def run(request: GenerateRequest) -> AsyncGenerator[TokenPart, None]:
-            with self.requests.tracked(request, "for a peer") as row:
+            with self.requests.tracked(request, lambda: _for_peer(served.runner.route(request.id))) as row:
                 async with aclosing(self.requests.run_here(served.runner, request)) as parts:
                     async for part in parts:
                         row.generated += len(part.tokens)
@@ -285,6 +298,10 @@ class Swarm:
             events=tuple(EventRow(now - at, text) for at, text in self.mesh.events),
             at=time.time(),
         )
+
+
+def _for_peer(route: str) -> str:
+    return "for a peer" if route == LOCAL else f"for a peer, {route}"
 
 
 def _settled(offer: StageOffer) -> StageOffer:

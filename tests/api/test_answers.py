@@ -346,6 +346,19 @@ async def test_the_name_of_a_peer_cannot_break_headers_or_the_log(
     assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
+async def test_a_chain_of_stages_is_told_whole(
+    serve: Serve, http: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "swarmcpp.api.answers")
+    route = "stages alpha 0-12, " + "b" * 24 + " 12-24, " + "c" * 24 + " 24-36, 3 more, delta 72-80"
+    server = await serve(placed(route))
+    async with http.post(server.url + CHAT, json=HELLO) as response:
+        assert response.headers["x-swarm-route"] == route
+    assert any(" route=stages:alpha:0-12,bbb" in record.getMessage() for record in caplog.records)
+    async with http.get(server.url + "/metrics") as response:
+        assert 'swarmcpp_routed_requests_total{outcome="ok",route="stages"} 1.0' in await response.text()
+
+
 async def test_one_line_in_the_log_sums_up_each_choice(
     serve: Serve, http: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
 ) -> None:
