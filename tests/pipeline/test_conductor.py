@@ -335,7 +335,7 @@ async def no_pause(_seconds: float) -> None:
 async def test_a_pass_that_never_ends_is_a_failure(
     swarm_of: SwarmMaker, whole: Whole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "limit_s", lambda _expected: 0.5)
+    monkeypatch.setattr(lanes, "limit_s", lambda _expected, _stages: 0.5)
     swarm = swarm_of()
     first = swarm.all[0]
     real = first.run
