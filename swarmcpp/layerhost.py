@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from swarmcpp.models.slicestore import SliceFiles
 from swarmcpp.models.slicing import check_sliceable
 from swarmcpp.node import DISK_SHARE, MEMORY_SHARE
 from swarmcpp.route.passes import PassTimes
-from swarmcpp.stages import StageRef
+from swarmcpp.stages import SEQUENCE_BYTES, SequencePart, StageRef
 from swarmcpp.stagesupervisor import StageSupervisor
 from swarmcpp.swarm.stagecall import StageBounds
 from swarmcpp.swarming.pipelines import OwnStage
@@ -35,6 +36,9 @@ from swarmcpp.swarming.swarm import Swarm
 from swarmcpp.wire import EngineOptions
 
 logger = logging.getLogger(__name__)
+
+MEASURED_ROWS: Final = (1, 1, 1, 8, 8, 64)
+"""Passes that a new stage is measured by; those of requests say more, soon."""
 
 SHARED_CTX: Final = 4096
 SHARED_SLOTS: Final = 4
@@ -109,6 +113,7 @@ class LayerHost:
         try:
             supervisor.start()
             await supervisor.wait_ready()
+            await measure(supervisor, model.file.n_embd)
         except BaseException:
             del self.stages[first, last]
             await supervisor.close()
@@ -153,6 +158,20 @@ class LayerHost:
             stage=True,
         )
         return options, hardware
+
+
+async def measure(stage: StageSupervisor, n_embd: int) -> None:
+    """Let a stage that nobody uses yet compute some passes: heads choose it only if they know how long those take.
+
+    The first one reads the weights, and says nothing. Raises SwarmError.
+    """
+    name, epoch = os.urandom(SEQUENCE_BYTES), 1
+    await stage.open(name, epoch, (), None, 1)
+    await stage.resume(name, epoch, 0)
+    for rows in MEASURED_ROWS:
+        part = SequencePart(name, epoch, 0, rows, output=False)
+        await stage.run((part,), "f32", bytes(4 * n_embd * rows), "f32")
+    await stage.close_sequence(name)
 
 
 def kv_identity(config: Config, fingerprint: bytes) -> KvIdentity:

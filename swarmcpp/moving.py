@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from swarmcpp.errors import SwarmError
-from swarmcpp.layerhost import LayerHost, SharedModel
+from swarmcpp.layerhost import LayerHost, Range, SharedModel
+from swarmcpp.peers import NodeId
 from swarmcpp.route.autoshard import Acquire, AutoShard, Drain, HeldStage, Release, Resume
-from swarmcpp.route.pipelines import ModelShape, stage_bytes
+from swarmcpp.route.pipelines import Machine, ModelShape, Placement, stage_bytes
 from swarmcpp.route.placement import place
 from swarmcpp.swarming.placing import machines_of, shape_of
 from swarmcpp.swarming.swarm import Swarm
@@ -37,7 +38,10 @@ async def _tick(host: LayerHost, load: Load, shard: AutoShard, shape: ModelShape
     capabilities = swarm.capabilities()
     machines = machines_of(capabilities, shape.fingerprint)
     placement = await asyncio.to_thread(place, shape, machines)
-    wanted = placement.wanted(swarm.node_id)
+    kept = next(iter(host.stages), None)
+    wanted = placement.wanted(swarm.node_id) if movable(shape, placement, machines) else None
+    # What this node has beside the placement's pipelines helps them all the same.
+    wanted = wanted or kept
     stages = [
         HeldStage(capability.node, each.first, each.last, "draining" if each.draining else "ready")
         for capability in capabilities
@@ -60,3 +64,28 @@ async def _tick(host: LayerHost, load: Load, shard: AutoShard, shape: ModelShape
         case Release(first=first, last=last):
             swarm.mesh.note(f"layers {first}-{last} are held by others and unloaded here")
             await host.release(first, last)
+
+
+def movable(shape: ModelShape, placement: Placement, machines: Sequence[Machine]) -> bool:
+    """Whether every machine that is to hold other layers can load them beside those that it has.
+
+    One that cannot would have to let its layers go first, which nobody else has.
+    """
+    for machine in machines:
+        wanted = placement.wanted(machine.node)
+        if machine.holds and wanted is not None and wanted not in machine.holds:
+            ranges = (*machine.holds, wanted)
+            if sum(stage_bytes(shape, *each, shape.slots, shape.ctx_size) for each in ranges) > machine.memory:
+                return False
+    return True
+
+
+def slowest_range(shape: ModelShape, machines: Sequence[Machine], own: NodeId) -> Range | None:
+    """The range that others hold, that `own` has memory for, and whose passes take longest for each who holds it."""
+    room = next((each.memory for each in machines if each.node == own), 0)
+    holders: dict[Range, list[float]] = {}
+    for machine in machines:
+        for first, last in machine.holds if machine.node != own else ():
+            holders.setdefault((first, last), []).append(machine.pass_s * (last - first))
+    fitting = [each for each in holders if stage_bytes(shape, *each, shape.slots, shape.ctx_size) <= room]
+    return max(fitting, key=lambda each: (1 / sum(1 / seconds for seconds in holders[each]), each), default=None)

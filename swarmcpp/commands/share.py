@@ -19,6 +19,7 @@ from swarmcpp.models.inspect import ModelFile, inspect
 from swarmcpp.models.manifest import Manifest, manifest_of
 from swarmcpp.models.slicestore import SliceFiles, SliceStore
 from swarmcpp.models.slicing import check_sliceable
+from swarmcpp.moving import movable, slowest_range
 from swarmcpp.node import usable_memory
 from swarmcpp.route.placement import place
 from swarmcpp.route.placement_words import explain
@@ -54,8 +55,13 @@ def choose_layers(config: Config, swarm: Swarm, model: SharedModel) -> Range:
         return wanted
     check_sliceable(model.file, 0, model.file.n_layers)
     shape = shape_of(model.file, model.manifest.fingerprint, model.ctx_size, model.slots)
-    placement = place(shape, machines_of(swarm.capabilities(), shape.fingerprint))
+    machines = machines_of(swarm.capabilities(), shape.fingerprint)
+    placement = place(shape, machines)
     found = placement.wanted(swarm.node_id)
+    covered = not swarm.pipelines.missing(shape.fingerprint, shape.n_layers)
+    if covered and (found is None or not movable(shape, placement, machines)):
+        # Others cannot move for this one, or need not: it takes over where the chain is slowest.
+        found = slowest_range(shape, machines, swarm.node_id) or found
     if found is None:
         raise NotEnoughMemory(
             f"{model.id}: no layers for this machine: {' '.join(explain(placement))} "

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from swarmcpp.core import Clock, GenerateRequest
-from swarmcpp.errors import Cancelled, NotReady, PromptTooLong, QueueFull, StageFailed
+from swarmcpp.errors import Cancelled, NotReady, PeerLost, PromptTooLong, QueueFull, StageFailed
 from swarmcpp.local import MAX_RETRY_AFTER_S, Fetch
 from swarmcpp.peers import Load, TokenPart
 from swarmcpp.pipeline.finding import PATIENCE_S, ChainFinder
@@ -186,7 +186,7 @@ class Conductor:
                     self._note(run, got.error, own=got.own)
                     await self._place(run)
                     continue
-                run.failures = 0
+                run.failures = run.broken_links = 0
                 yield got
                 if got.finish:
                     return
@@ -225,9 +225,10 @@ class Conductor:
         """Open a run on a chain, or wait for one. Raises StageFailed and NotReady when that took too much."""
         patient_until: float | None = None
         while True:
-            if run.failures > 1:
+            again = max(run.failures, min(run.broken_links, MAX_FAILURES))
+            if again > 1:
                 # A chain that fails at once must not use up all tries within a moment.
-                await self._pause(POLL_S * 2 ** (run.failures - 2))
+                await self._pause(POLL_S * 2 ** (again - 2))
             try:
                 return self._join(run, await self._opened(run))
             except (NotReady, StageFailed) as error:
@@ -293,9 +294,14 @@ class Conductor:
         """Remember a failure. Raises it when it is one too many for `run`, or the head ends."""
         run.cause = error
         self._finder.failed(error)
-        if own:
+        if own and error.reason == PeerLost.code:
+            # Two stages may not have found each other yet, or are about to again.
+            run.broken_since = run.broken_since if run.broken_links else self._clock()
+            run.broken_links += 1
+        elif own:
             run.failures += 1
-        if self._closed or run.failures >= MAX_FAILURES:
+        too_long = run.broken_links > 1 and self._clock() - run.broken_since >= PATIENCE_S
+        if self._closed or run.failures >= MAX_FAILURES or too_long:
             raise error
 
     # -- lanes.LaneWatch -------------------------------------------------------------------------------------------

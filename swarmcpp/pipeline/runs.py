@@ -114,7 +114,10 @@ class Run:
     placed_s: float = 0.0
     queue_s: float = 0.0
     failures: int = 0
-    """Since its last token."""
+    """Since its last token; those of links are not among them."""
+    broken_links: int = 0
+    """Passes since its last token that a link failed, and when the first did."""
+    broken_since: float = 0.0
     cause: StageFailed | None = None
     """Why it was opened again."""
     seated: bool = False

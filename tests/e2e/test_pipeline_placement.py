@@ -13,7 +13,7 @@ import pytest
 from pipeline_process import Pipeline, nodes
 from serve_client import complete, completion, listen, until
 from serve_process import serving
-from swarm_process import ONLY_ASCII, SwarmNode
+from swarm_process import ONLY_ASCII, SwarmNode, http_with_routes
 
 from swarmcpp.models.capacity import estimate_memory, stage_memory
 from swarmcpp.models.inspect import inspect
@@ -94,11 +94,13 @@ async def test_machines_that_are_too_small(
     assert await complete(http, bob.url, bodies[0]) == expected[0]
     assert_small(bob, small.seats["Bob"].data, model, need)
     counts = [0, 0, 0]
+    routes: list[str] = []
+    asking = http_with_routes(routes)
     stop = asyncio.Event()
 
     async def keep_asking(number: int) -> None:
         while not stop.is_set():
-            heard = await listen(http, ann.url, bodies[number])
+            heard = await listen(asking, ann.url, bodies[number])
             assert (heard.text, heard.finish, heard.error) == (expected[number], "length", None)
             counts[number] += 1
 
@@ -109,10 +111,13 @@ async def test_machines_that_are_too_small(
     tasks = [asyncio.create_task(keep_asking(number)) for number in range(3)]
     command = ("join", ann.token, "--memory", str(need * 82 // 100), *FLAGS)
     cid = await asyncio.to_thread(small.start, "Cid", *command)
-    assert layers_of(cid)
+    # Ann is full and cannot move for Cid, who takes over what makes the chain slow.
+    assert layers_of(cid) == layers_of(ann)
+    await until(lambda: any("Cid" in route for route in routes), "answers that go through Cid")
     await three_more()
     await asyncio.to_thread(cid.terminate)
     await three_more()
     stop.set()
     await asyncio.gather(*tasks)
+    await asking.close()
     await asyncio.to_thread(small.wait_idle)
