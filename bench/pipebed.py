@@ -12,7 +12,7 @@ from bench.load import BadReply, Client, Reply, common_prefix, random_prompt, th
 from bench.netns import Namespace
 from bench.nodes import Nodes, NodeSpec, cores
 from bench.report import Figure, Verdict, at_least
-from bench.rpc import BEST, RPC, Box, Rpc, Split
+from bench.rpc import BEST, RPC, Box, Rpc, Split, balanced
 from bench.setting import LLAMA, SWARM, Setup
 from swarmcpp.models.inspect import inspect
 
@@ -67,9 +67,8 @@ def stage(name: str, box: Box, case: Case, layers: tuple[int, int], *options: st
 
 
 async def two_stages(nodes: Nodes, case: Case, model: Path, *options: str) -> Client:
-    """Half of the layers at A, which is asked, the others at B."""
-    n_layers = inspect(model).n_layers
-    half = n_layers // 2
+    """The first layers at A, which is asked, the others at B, as RPC has them."""
+    n_layers, half = inspect(model).n_layers, balanced(model)
     await nodes.serve(stage("A", case.boxes[0], case, (0, half), *options), model)
     await nodes.join(stage("B", case.boxes[1], case, (half, n_layers), *options), model)
     await nodes.answers("A")

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from bench.load import Client
 from bench.netns import Namespace
@@ -17,6 +18,7 @@ from bench.nodes import session_in
 from bench.reference import Reference
 from bench.servers import Launch, Running, llama_server, running
 from bench.setting import Setup, commands
+from swarmcpp.models.capacity import head_bytes, layer_bytes
 from swarmcpp.models.inspect import inspect
 
 RPC = "llama.cpp RPC"
@@ -44,10 +46,9 @@ class Split:
     two_workers: bool = True
     options: tuple[str, ...] = ()
 
-    def argv(self, n_layers: int, ports: tuple[int, ...], hosts: tuple[str, ...]) -> tuple[str, ...]:
-        """llama-server's options for workers at `hosts` and `ports`, box B's last. The output layer counts as one of
-        `n_layers` + 1, and is box B's."""
-        first = n_layers // 2
+    def argv(self, n_layers: int, first: int, ports: tuple[int, ...], hosts: tuple[str, ...]) -> tuple[str, ...]:
+        """llama-server's options for workers at `hosts` and `ports`, box B's last, `first` layers at A. The output layer
+        counts as one of `n_layers` + 1, and is box B's."""
         rpc = ("--rpc", ",".join(f"{host}:{port}" for host, port in zip(hosts, ports, strict=True)))
         last = n_layers + 1 - first
         layers = ("-ngl", str(n_layers + 1), "-ts", f"{first},{last}") if self.two_workers else ("-ngl", str(last))
@@ -69,6 +70,13 @@ CANDIDATES = (
     Split(f"{RPC} -bs", options=("-bs",)),
     Split(f"{RPC}, one KV buffer", options=("--kv-unified",)),
 )
+
+
+def balanced(model: Path) -> int:
+    """How many layers the first of two boxes gets so that both have as much to read: the output head is large."""
+    file = inspect(model)
+    layers, head = layer_bytes(file), head_bytes(file)
+    return min(range(1, file.n_layers), key=lambda first: max(sum(layers[:first]), sum(layers[first:]) + head))
 
 
 def worker(reference: Reference, box: Box) -> Launch:
@@ -123,7 +131,7 @@ class Rpc:
             threads=1,
             repack=setup.repack,
             cpus=(own.core,),
-            extra=self._split.argv(inspect(setup.model).n_layers, ports, hosts),
+            extra=self._split.argv(inspect(setup.model).n_layers, balanced(setup.model), ports, hosts),
         )
         return replace(launch, name=self._split.name)
 

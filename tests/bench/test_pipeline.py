@@ -33,9 +33,9 @@ def test_logs_without_passes_are_no_measurement() -> None:
 
 
 def test_both_boxes_get_half_of_the_layers_and_the_second_one_the_output() -> None:
-    split = Split(options=("-bs",)).argv(24, (7001, 7002), ("127.0.0.1", "10.0.0.2"))
+    split = Split(options=("-bs",)).argv(24, 12, (7001, 7002), ("127.0.0.1", "10.0.0.2"))
     assert " ".join(split) == "--rpc 127.0.0.1:7001,10.0.0.2:7002 -ngl 25 -ts 12,13 -fit off -bs"
-    local = Split(two_workers=False).argv(24, (7002,), ("10.0.0.2",))
+    local = Split(two_workers=False).argv(24, 12, (7002,), ("10.0.0.2",))
     assert " ".join(local) == "--rpc 10.0.0.2:7002 -ngl 13 -fit off"
 
 
