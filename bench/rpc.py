@@ -47,8 +47,8 @@ class Split:
     options: tuple[str, ...] = ()
 
     def argv(self, n_layers: int, first: int, ports: tuple[int, ...], hosts: tuple[str, ...]) -> tuple[str, ...]:
-        """llama-server's options for workers at `hosts` and `ports`, box B's last, `first` layers at A. The output layer
-        counts as one of `n_layers` + 1, and is box B's."""
+        """llama-server's options for workers at `hosts` and `ports`, box B's last, with `first` layers at A. The output
+        layer counts as one of `n_layers` + 1, and is box B's."""
         rpc = ("--rpc", ",".join(f"{host}:{port}" for host, port in zip(hosts, ports, strict=True)))
         last = n_layers + 1 - first
         layers = ("-ngl", str(n_layers + 1), "-ts", f"{first},{last}") if self.two_workers else ("-ngl", str(last))
