@@ -102,8 +102,9 @@ class Layers:
 async def _prepare(config: Config, swarm: Swarm, console: Console) -> Whole | Layers:
     """What this node is to do. What one machine can hold is never split, unless that was asked for."""
     await _find_members(swarm)
-    target = await _pick(swarm, console)
-    local, manifest = await _local(config, swarm, target)
+    given = await asyncio.to_thread(_given, config) if config.model is not None else None
+    target = await _pick(swarm, console, given)
+    local, manifest = given or await _local(config, swarm, target)
     source = local or await _header(config, swarm, manifest, console)
     file = await asyncio.to_thread(inspect, source)
     if config.engine.layer_range is None and await asyncio.to_thread(share.fits_whole, config, file):
@@ -129,8 +130,11 @@ async def _find_members(swarm: Swarm) -> None:
     await asyncio.sleep(SETTLE_S)
 
 
-async def _pick(swarm: Swarm, console: Console) -> Target:
-    """The model to serve: the one that most nodes serve. Raises SwarmUnreachable when there is none."""
+async def _pick(swarm: Swarm, console: Console, given: tuple[Path, Manifest] | None) -> Target:
+    """The model to serve: the one that the user has given a copy of, else the one that most nodes serve.
+
+    Raises SwarmUnreachable when there is none, BadModel when nobody serves what was given.
+    """
     said = False
     try:
         async with asyncio.timeout(MODEL_S):
@@ -144,6 +148,13 @@ async def _pick(swarm: Swarm, console: Console) -> Target:
         raise SwarmUnreachable(
             f"no member of swarm {swarm.key.swarm_id} serves a model; start one with `swarmcpp serve MODEL --swarm`"
         ) from None
+    if given is not None:
+        path, manifest = given
+        found = next((each for each in targets if each.fingerprint == manifest.fingerprint), None)
+        if found is None:
+            names = ", ".join(sorted({repr(each.name) for each in targets}))
+            raise BadModel(f"{path}: is not the {names} that the swarm serves; leave out --model to fetch that")
+        return found
     return max(targets, key=lambda each: (each.copies, each.size_bytes, each.name))
 
 
@@ -158,10 +169,8 @@ def _targets(swarm: Swarm) -> list[Target]:
 
 
 async def _local(config: Config, swarm: Swarm, target: Target) -> tuple[Path | None, Manifest]:
-    """The copy of the model that is here, the one named or any, and what the model's files are."""
+    """A copy of the model that is here, and what the model's files are."""
     data_dir = config.storage.data_dir
-    if config.model is not None:
-        return await asyncio.to_thread(_given, Path(config.model), target, data_dir)
     holders = swarm.models.holders(target.fingerprint)
     manifest = await get_manifest(holders, target.fingerprint, MANIFEST_S)
     found = await asyncio.to_thread(find_local, manifest, [config.storage.models_dir, Path()], data_dir)
@@ -223,15 +232,12 @@ def _obtainer(
     return obtain
 
 
-def _given(path: Path, target: Target, data_dir: Path) -> tuple[Path, Manifest]:
-    """The copy that the user named. Raises BadModel when it is another model."""
-    path = path.expanduser()
+def _given(config: Config) -> tuple[Path, Manifest]:
+    """The copy that the user named, and what its files are. Blocking. Raises BadModel when it is none."""
+    path = Path(config.model or "").expanduser()
     if not path.is_file():
-        raise BadModel(f"{path}: no such file; leave out --model to fetch {target.name!r} from the swarm")
-    manifest = manifest_of(inspect(path).files, data_dir)
-    if manifest.fingerprint != target.fingerprint:
-        raise BadModel(f"{path}: is not the {target.name!r} that the swarm serves; leave out --model to fetch that")
-    return path, manifest
+        raise BadModel(f"{path}: no such file; leave out --model to fetch the swarm's")
+    return path, manifest_of(inspect(path).files, config.storage.data_dir)
 
 
 async def _fetch(swarm: Swarm, target: Target, manifest: Manifest, directory: Path, console: Console) -> Path:

@@ -61,6 +61,9 @@ FORGET_TRIES = 40
 """Tries in a row (about ten minutes) after which an address that only others named is not dialled any more."""
 
 PROBE_EVERY_S = 10.0
+EXCHANGE_S = (1.0, 10.0)
+"""Between questions for peers of peers, in the first seconds of a node and afterwards."""
+
 MAX_PAGES = 1000
 MAX_PEERS = 1024
 MAX_EVENTS = 100
@@ -425,8 +428,9 @@ class Mesh:
             await self._sleep(max(0.02, min(0.25, self.announcer.next_due() - self._clock())))
 
     async def _watch(self) -> None:
-        """Suspect, bury, and measure links again from time to time."""
-        probed = self._clock()
+        """Suspect, bury, and from time to time measure links again and ask for more peers."""
+        begun = probed = self._clock()
+        exchange_at = begun + EXCHANGE_S[0]
         while True:
             await self._sleep(0.5)
             for change in self.membership.tick():
@@ -435,6 +439,21 @@ class Mesh:
                 probed = self._clock()
                 for node, link in self.callers().items():
                     await probe(self.links, node, link)
+            if self._clock() >= exchange_at:
+                # Soon at first: nodes that come at one time are not in the Welcomes that they get.
+                exchange_at = self._clock() + EXCHANGE_S[self._clock() - begun >= EXCHANGE_S[1]]
+                await self._exchange()
+
+    async def _exchange(self) -> None:
+        """Ask one peer whom it knows by now, and dial those."""
+        links = list(self.callers().values())
+        if not links:
+            return
+        hello = Hello(PROTOCOL, PROTOCOL, self._capability())
+        with contextlib.suppress(SwarmError):
+            reply, _ = await random.choice(links).ask(hello, timeout_s=HELLO_TIMEOUT_S)
+            for address in reply.peers if isinstance(reply, Welcome) else ():
+                self.dial((address,))
 
     def _on_change(self, change: Change) -> None:
         self.note(f"{change.name or change.node} is {change.status}")
