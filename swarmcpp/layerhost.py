@@ -15,8 +15,7 @@ from swarmcpp.config import Config
 from swarmcpp.core import KvLayout, Limits
 from swarmcpp.engineprocess import EngineStatus
 from swarmcpp.errors import NotEnoughMemory
-from swarmcpp.hardware import Hardware, disk_free, read_hardware
-from swarmcpp.kv.arena import Arena
+from swarmcpp.hardware import Hardware, read_hardware
 from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.kv.keys import KvIdentity
 from swarmcpp.llama.backend import GGML_TYPE_F16
@@ -26,7 +25,7 @@ from swarmcpp.models.inspect import ModelFile
 from swarmcpp.models.manifest import Manifest
 from swarmcpp.models.slicestore import SliceFiles
 from swarmcpp.models.slicing import check_sliceable
-from swarmcpp.node import DISK_SHARE, MEMORY_SHARE
+from swarmcpp.node import open_arena
 from swarmcpp.route.passes import PassTimes
 from swarmcpp.stages import SEQUENCE_BYTES, SequencePart, StageRef
 from swarmcpp.stagesupervisor import StageSupervisor
@@ -185,19 +184,5 @@ def open_stage_cache(
 ) -> PrefixCache | None:
     """The blocks of one range of layers; None, with a line in the log, when there can be none. Blocking."""
     identity = kv_identity(config, model.manifest.fingerprint)
-    directory = config.storage.data_dir / "arena"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        default = min(disk_free(directory) // DISK_SHARE, hardware.memory_total // MEMORY_SHARE)
-        arena = Arena.open(
-            directory,
-            identity.arena_root(*layers),
-            layout.token_bytes * identity.block_tokens,
-            config.storage.cache_bytes,
-            default,
-            f"{model.id} {layers[0]}-{layers[1]}",
-        )
-    except OSError as error:
-        logger.warning("no cache on disk: %s", error)
-        return None
-    return PrefixCache(arena, identity, config.inference.prefix_cache_max_entries) if arena else None
+    label = f"{model.id} {layers[0]}-{layers[1]}"
+    return open_arena(config, identity, identity.arena_root(*layers), layout, hardware, label)

@@ -15,7 +15,7 @@ from swarmcpp.kv.keys import block_keys
 from swarmcpp.layerhost import LayerHost, Obtain, Range, SharedModel, kv_identity
 from swarmcpp.llama.stage import EmbeddingTable
 from swarmcpp.moving import keep_placed
-from swarmcpp.node import Node, start_api, until_stopped
+from swarmcpp.node import Node, start_api, until_stopped, whole_offer
 from swarmcpp.peers import ModelOffer
 from swarmcpp.pipeline.conductor import Conductor
 from swarmcpp.pipeline.runs import Ask, Chain, ModelFacts, PipelinePolicy, Surroundings
@@ -148,22 +148,13 @@ def _info(model: SharedModel) -> ModelInfo:
 
 def _offer(config: Config, model: SharedModel, info: ModelInfo) -> ModelOffer:
     """What a head offers: the whole model, through stages."""
-    return ModelOffer(
-        id=info.id,
-        fingerprint=model.manifest.fingerprint,
-        root=kv_identity(config, model.manifest.fingerprint).root(),
-        architecture=info.architecture,
-        description=info.description,
-        size_bytes=info.size_bytes,
-        n_params=info.n_params,
-        n_vocab=info.n_vocab,
-        n_ctx_train=info.n_ctx_train,
-        n_layers=info.n_layers,
-        first=0,
-        last=info.n_layers,
+    fingerprint = model.manifest.fingerprint
+    return whole_offer(
+        info,
+        fingerprint=fingerprint,
+        root=kv_identity(config, fingerprint).root(),
         token_bytes=0,
         ctx_size=model.ctx_size,
         slots=model.slots,
-        created=info.created,
         pipeline=True,
     )

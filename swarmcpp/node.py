@@ -30,7 +30,7 @@ from swarmcpp.core import (
     Timings,
     Usage,
 )
-from swarmcpp.errors import BadModel, Cancelled, NotReady, SwarmError, UnknownModel
+from swarmcpp.errors import BadModel, Cancelled, NotEnoughMemory, NotReady, SwarmError, UnknownModel
 from swarmcpp.hardware import Hardware, disk_free, read_hardware
 from swarmcpp.kv.arena import Arena
 from swarmcpp.kv.cache import PrefixCache
@@ -76,6 +76,15 @@ def usable_memory(config: Config, hardware: Hardware) -> int:
     """Bytes that a model and its contexts may take here: what is free, within --memory."""
     limit = config.engine.memory_bytes
     return hardware.memory_available if limit is None else min(limit, hardware.memory_available)
+
+
+def fits_whole(config: Config, file: ModelFile) -> bool:
+    """Whether this machine can hold all of a model. Blocking."""
+    try:
+        choose_capacity(file, usable_memory(config, read_hardware()), config.engine.ctx_size, config.engine.slots)
+    except NotEnoughMemory:
+        return False
+    return True
 
 
 def prepare(config: Config, path: Path, name: str | None = None) -> Prepared:
@@ -289,26 +298,28 @@ async def _events(
 
 def open_cache(config: Config, prepared: Prepared, layout: KvLayout) -> PrefixCache | None:
     """The node's blocks for a context of this shape; None, with a line in the log, when there can be none. Blocking."""
-    block_tokens = config.inference.prefix_cache_block_tokens
     identity = KvIdentity(
         fingerprint=manifest_of(prepared.model.files, config.storage.data_dir).fingerprint,
-        block_tokens=block_tokens,
+        block_tokens=config.inference.prefix_cache_block_tokens,
         kv_types=(layout.k_type, layout.v_type),
     )
+    return open_arena(config, identity, identity.root(), layout, prepared.hardware, prepared.info.path)
+
+
+def open_arena(
+    config: Config, identity: KvIdentity, root: bytes, layout: KvLayout, hardware: Hardware, label: str
+) -> PrefixCache | None:
+    """Blocks of `identity` in the arena of `root`; None, with a line in the log, when there can be none. Blocking."""
     directory = config.storage.data_dir / "arena"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        default = min(disk_free(directory) // DISK_SHARE, prepared.hardware.memory_total // MEMORY_SHARE)
+        default = min(disk_free(directory) // DISK_SHARE, hardware.memory_total // MEMORY_SHARE)
         size = config.storage.cache_bytes
-        arena = Arena.open(
-            directory, identity.root(), layout.token_bytes * block_tokens, size, default, prepared.info.path
-        )
+        arena = Arena.open(directory, root, layout.token_bytes * identity.block_tokens, size, default, label)
     except OSError as error:
         logger.warning("no cache on disk: %s", error)
         return None
-    if arena is None:
-        return None
-    return PrefixCache(arena, identity, config.inference.prefix_cache_max_entries)
+    return PrefixCache(arena, identity, config.inference.prefix_cache_max_entries) if arena else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,11 +404,34 @@ async def until_stopped(starting: asyncio.Task[Any], stop: asyncio.Event) -> boo
 async def _offer(swarm: Swarm, node: Node, replica: LocalReplica, prepared: Prepared, config: Config) -> None:
     """Tell the swarm what this node serves now."""
     manifest = await asyncio.to_thread(manifest_of, prepared.model.files, config.storage.data_dir)
-    info = prepared.info
-    offer = ModelOffer(
-        id=info.id,
+    offer = whole_offer(
+        prepared.info,
         fingerprint=manifest.fingerprint,
         root=swarm.blocks.root,
+        token_bytes=swarm.blocks.token_bytes,
+        ctx_size=replica.ctx_size,
+        slots=replica.slots,
+    )
+    swarm.give(manifest, prepared.model.files)
+    swarm.serve(Served(replica, offer, node.names, replica))
+    node.planned = PlannedModel(prepared.info.id, prepared.model, manifest.fingerprint, replica.ctx_size, replica.slots)
+
+
+def whole_offer(
+    info: ModelInfo,
+    *,
+    fingerprint: bytes,
+    root: bytes,
+    token_bytes: int,
+    ctx_size: int,
+    slots: int,
+    pipeline: bool = False,
+) -> ModelOffer:
+    """What the swarm is told of a model that this node answers for as a whole. The arguments: see `ModelOffer`."""
+    return ModelOffer(
+        id=info.id,
+        fingerprint=fingerprint,
+        root=root,
         architecture=info.architecture,
         description=info.description,
         size_bytes=info.size_bytes,
@@ -407,14 +441,12 @@ async def _offer(swarm: Swarm, node: Node, replica: LocalReplica, prepared: Prep
         n_layers=info.n_layers,
         first=0,
         last=info.n_layers,
-        token_bytes=swarm.blocks.token_bytes,
-        ctx_size=replica.ctx_size,
-        slots=replica.slots,
+        token_bytes=token_bytes,
+        ctx_size=ctx_size,
+        slots=slots,
         created=info.created,
+        pipeline=pipeline,
     )
-    swarm.give(manifest, prepared.model.files)
-    swarm.serve(Served(replica, offer, node.names, replica))
-    node.planned = PlannedModel(info.id, prepared.model, manifest.fingerprint, replica.ctx_size, replica.slots)
 
 
 async def start_api(config: Config, node: Node) -> RunningServer:

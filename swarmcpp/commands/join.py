@@ -23,7 +23,7 @@ from swarmcpp.models.inspect import inspect
 from swarmcpp.models.manifest import Manifest, manifest_of
 from swarmcpp.models.modelfiles import find_local
 from swarmcpp.models.slicestore import SliceFiles, SliceStore
-from swarmcpp.node import until_stopped
+from swarmcpp.node import fits_whole, until_stopped
 from swarmcpp.swarm.identity import JoinToken
 from swarmcpp.swarm.modelfetch import fetch_model, get_manifest
 from swarmcpp.swarm.slicefetch import obtain_header, obtain_slice
@@ -107,7 +107,7 @@ async def _prepare(config: Config, swarm: Swarm, console: Console) -> Whole | La
     local, manifest = given or await _local(config, swarm, target)
     source = local or await _header(config, swarm, manifest, console)
     file = await asyncio.to_thread(inspect, source)
-    if config.engine.layer_range is None and await asyncio.to_thread(share.fits_whole, config, file):
+    if config.engine.layer_range is None and await asyncio.to_thread(fits_whole, config, file):
         path = local or await _obtain(config, swarm, target, manifest, console)
         return Whole(path, target.name)
     model = share.shared_model(config, swarm, manifest, file, target.name)

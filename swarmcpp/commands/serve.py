@@ -20,9 +20,7 @@ from swarmcpp.commands import terminal
 from swarmcpp.commands.pull import download, user_catalogue
 from swarmcpp.commands.swarm import in_swarm
 from swarmcpp.config import Config, LoadedConfig, is_loopback
-from swarmcpp.errors import BadConfig, NotEnoughMemory
-from swarmcpp.hardware import read_hardware
-from swarmcpp.models.capacity import choose_capacity
+from swarmcpp.errors import BadConfig
 from swarmcpp.models.download import resolve_model
 from swarmcpp.models.inspect import inspect
 from swarmcpp.supervisor import EngineStatus
@@ -63,13 +61,7 @@ async def _run(config: Config, path: Path, name: str | None, console: Console) -
 
 
 async def _fits(config: Config, path: Path) -> bool:
-    file = await asyncio.to_thread(inspect, path)
-    try:
-        memory = node.usable_memory(config, await asyncio.to_thread(read_hardware))
-        choose_capacity(file, memory, config.engine.ctx_size, config.engine.slots)
-    except NotEnoughMemory:
-        return False
-    return True
+    return await asyncio.to_thread(lambda: node.fits_whole(config, inspect(path)))
 
 
 async def _own_swarm(config: Config) -> AbstractAsyncContextManager[Swarm]:

@@ -14,7 +14,6 @@ from swarmcpp.config import Config
 from swarmcpp.errors import NotEnoughMemory
 from swarmcpp.hardware import read_hardware
 from swarmcpp.layerhost import SHARED_CTX, SHARED_SLOTS, Obtain, Range, SharedModel, check_range
-from swarmcpp.models.capacity import choose_capacity
 from swarmcpp.models.inspect import ModelFile, inspect
 from swarmcpp.models.manifest import Manifest, manifest_of
 from swarmcpp.models.slicestore import SliceFiles, SliceStore
@@ -25,15 +24,6 @@ from swarmcpp.route.placement import place
 from swarmcpp.route.placement_words import explain
 from swarmcpp.swarming.placing import machines_of, shape_of
 from swarmcpp.swarming.swarm import Swarm
-
-
-def fits_whole(config: Config, file: ModelFile) -> bool:
-    """Whether this machine can hold all of a model. Blocking."""
-    try:
-        choose_capacity(file, usable_memory(config, read_hardware()), config.engine.ctx_size, config.engine.slots)
-    except NotEnoughMemory:
-        return False
-    return True
 
 
 def shared_model(config: Config, swarm: Swarm, manifest: Manifest, file: ModelFile, name: str) -> SharedModel:
