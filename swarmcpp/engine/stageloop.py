@@ -85,6 +85,10 @@ class StageBackend(Protocol):
 
     def copy_prefix(self, source: int, target: int, n_tokens: int) -> None: ...
 
+    def exchange(self, first: int, second: int) -> None:
+        """Let two slots have each other's KV."""
+        ...
+
     def load_blocks(self, slot: int, blocks: Sequence[BlockRef]) -> int: ...
 
     def store_blocks(self, slot: int, grants: Sequence[tuple[int, int]]) -> list[tuple[int, bytes]]: ...
@@ -203,26 +207,29 @@ class StageLoop:
             sequence.wanted = part.place
         at = {sequence.slot: sequence for sequence in self._sequences.values()}
         for sequence in sequences:
-            wanted, other = sequence.wanted, at.get(sequence.wanted)
+            wanted = sequence.wanted
             if wanted == sequence.slot or not 0 <= wanted < self._backend.n_slots:
                 continue
-            if other is not None:
-                free = next((slot for slot in range(self._backend.n_slots) if slot not in at), None)
-                if other.wanted == wanted or free is None or not self._move(at, other, free):
-                    continue
-            self._move(at, sequence, wanted)
+            other = at.get(wanted)
+            if other is None or other.wanted != wanted:
+                self._move(at, sequence, wanted)
 
-    def _move(self, at: dict[int, Opened], sequence: Opened, target: int) -> bool:
-        """Move a sequence to a slot that is free; False when its KV cannot be moved."""
-        if sequence.length:
+    def _move(self, at: dict[int, Opened], sequence: Opened, target: int) -> None:
+        """Move a sequence to a slot, and who has that to its own; neither, when KV cannot be moved."""
+        source, other = sequence.slot, at.get(target)
+        if sequence.length or (other is not None and other.length):
             if not self._block_tokens:
-                return False
-            self._backend.copy_prefix(sequence.slot, target, sequence.length)
-            self._backend.truncate(sequence.slot, 0)
-        del at[sequence.slot]
-        at[target] = sequence
-        sequence.slot = target
-        return True
+                return
+            if other is not None and other.length:
+                # Also when no slot is free, as in a stage whose sequences are all in use.
+                self._backend.exchange(source, target)
+            else:
+                self._backend.copy_prefix(source, target, sequence.length)
+                self._backend.truncate(source, 0)
+        del at[source]
+        if other is not None:
+            other.slot, at[source] = source, other
+        at[target], sequence.slot = sequence, target
 
     # -- runs ----------------------------------------------------------------------------------------------------
 

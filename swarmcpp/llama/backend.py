@@ -95,6 +95,19 @@ class LlamaBackend:
         snapshot = parse(self._context.export(source), layout)
         self._context.restore(target, compose(layout, target, [snapshot_part(snapshot, n_tokens)]))
 
+    def exchange(self, first: int, second: int) -> None:
+        """See `engine.stageloop.StageBackend`."""
+        layout = self._known_layout()
+        # Both are copies, so that neither restore overwrites what the other one reads.
+        states = {slot: self._context.export(slot) for slot in (first, second)}
+        for source, target in ((first, second), (second, first)):
+            snapshot = parse(states[source], layout)
+            length = len(snapshot.order)
+            if length:
+                self._context.restore(target, compose(layout, target, [snapshot_part(snapshot, length)]))
+            else:
+                self.truncate(target, 0)
+
     def load_blocks(self, slot: int, blocks: Sequence[BlockRef]) -> int:
         """See `core.Backend`."""
         layout = self._known_layout()

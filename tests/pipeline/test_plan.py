@@ -17,9 +17,8 @@ def test_everybody_is_in_one_group_and_groups_are_even(history: list[tuple[list[
     groups: list[list[int]] = []
     for members, wanted in history:
         groups = regroup(groups, members, wanted)
-        assert sorted(slot for group in groups for slot in group) == members
         assert len(groups) == min(wanted, len(members))
-        assert all(group == sorted(group) for group in groups)
+        assert [slot for group in groups for slot in group] == members, "each is an interval of them"
         if groups:
             sizes = [len(group) for group in groups]
             assert max(sizes) - min(sizes) <= max(1, len(members) // (4 * len(groups)))
@@ -46,14 +45,18 @@ def test_one_who_leaves_and_one_who_comes_move_nobody(count: int, wanted: int, d
     assert sorted(map(len, regroup(after, range(count), wanted))) == sorted(map(len, groups))
 
 
-def test_a_new_one_joins_the_smallest() -> None:
+def test_a_new_one_joins_its_neighbours() -> None:
     assert regroup([[0, 1], [3]], [0, 1, 2, 3], 2) == [[0, 1], [2, 3]]
+    assert regroup([[0], [2, 3]], [0, 1, 2, 3], 2) == [[0, 1], [2, 3]]
+    assert regroup([[0, 2], [3, 4]], [0, 1, 2, 3, 4], 2) == [[0, 1, 2], [3, 4]]
+    assert regroup([[1, 2], [3, 4]], [0, 1, 2, 3, 4], 2) == [[0, 1, 2], [3, 4]]
+    assert regroup([[0, 1], [2, 3]], [0, 1, 2, 3, 4, 5], 2) == [[0, 1, 2], [3, 4, 5]], "uneven otherwise"
 
 
 def test_another_number_of_groups_cuts_anew() -> None:
-    assert regroup([[0, 2], [1, 3]], [0, 1, 2, 3], 2) == [[0, 2], [1, 3]]
-    assert regroup([[0, 2], [1, 3]], [0, 1, 2, 3, 4, 5], 3) == [[0, 1], [2, 3], [4, 5]]
-    assert regroup([[0, 2], [1, 3]], [0, 1, 2, 3], 1) == [[0, 1, 2, 3]]
+    assert regroup([[0], [1, 2, 3]], [0, 1, 2, 3], 2) == [[0, 1], [2, 3]]
+    assert regroup([[0, 1], [2, 3]], [0, 1, 2, 3, 4, 5], 3) == [[0, 1], [2, 3], [4, 5]]
+    assert regroup([[0, 1], [2, 3]], [0, 1, 2, 3], 1) == [[0, 1, 2, 3]]
 
 
 @given(st.integers(1, 50), st.data())
