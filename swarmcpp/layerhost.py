@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from swarmcpp.config import Config
-from swarmcpp.core import KvLayout, Limits
+from swarmcpp.core import GenerateRequest, KvLayout, Limits, SamplingParams
+from swarmcpp.engine.scheduler import TILE_ROWS
 from swarmcpp.engineprocess import EngineStatus
 from swarmcpp.errors import NotEnoughMemory
 from swarmcpp.hardware import Hardware, read_hardware
@@ -36,8 +37,11 @@ from swarmcpp.wire import EngineOptions
 
 logger = logging.getLogger(__name__)
 
-MEASURED_ROWS: Final = (1, 1, 1, 8, 8, 64)
-"""Passes that a new stage is measured by; those of requests say more, soon."""
+MEASURED_STREAMS: Final = 64
+"""Most sequences that decode side by side when a new stage is measured."""
+
+MEASURE_S: Final = 2.0
+"""After so long no larger pass is tried: a large stage is offered all the same."""
 
 SHARED_CTX: Final = 4096
 SHARED_SLOTS: Final = 4
@@ -160,17 +164,29 @@ class LayerHost:
 
 
 async def measure(stage: StageSupervisor, n_embd: int) -> None:
-    """Let a stage that nobody uses yet compute some passes: heads choose it only if they know how long those take.
+    """Let a stage that nobody uses yet compute some passes: heads choose it, and cut their streams into micro-batches,
+    by how long those take. They have the shape that passes have later, one row of each of some neighbours with the
+    token after it, and a tile of a prompt; the first one reads the weights, and says nothing.
 
-    The first one reads the weights, and says nothing. Raises SwarmError.
+    Raises SwarmError.
     """
-    name, epoch = os.urandom(SEQUENCE_BYTES), 1
-    await stage.open(name, epoch, (), None, 1)
-    await stage.resume(name, epoch, 0)
-    for rows in MEASURED_ROWS:
-        part = SequencePart(name, epoch, 0, rows, output=False)
-        await stage.run((part,), "f32", bytes(4 * n_embd * rows), "f32")
-    await stage.close_sequence(name)
+    request = GenerateRequest("measure", "", (0,), 1, SamplingParams(temperature=0.0))
+    streams = min(stage.slots, MEASURED_STREAMS)
+    names = [os.urandom(SEQUENCE_BYTES) for _ in range(streams)]
+    for name in names:
+        await stage.open(name, 1, (), request, 1)
+        await stage.resume(name, 1, 0)
+    counts = [1, 1, *(1 << power for power in range(streams.bit_length()))]
+    until = time.monotonic() + MEASURE_S
+    for count in counts:
+        parts = tuple(SequencePart(name, 1, 0, 1, output=True) for name in names[:count])
+        await stage.run(parts, "f32", bytes(4 * n_embd * count), "f32")
+        if time.monotonic() > until:
+            break
+    tile = SequencePart(names[0], 1, 0, TILE_ROWS, output=True)
+    await stage.run((tile,), "f32", bytes(4 * n_embd * TILE_ROWS), "f32")
+    for name in names:
+        await stage.close_sequence(name)
 
 
 def kv_identity(config: Config, fingerprint: bytes) -> KvIdentity:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Unpack
 
 from swarmcpp.core import Clock, GenerateRequest
+from swarmcpp.engine.scheduler import TILE_ROWS
 from swarmcpp.engineprocess import EngineProcess, ProcessOptions
 from swarmcpp.errors import EngineFailed, NotReady, QueueFull, StageLost, SwarmError, WireError, revive
 from swarmcpp.incarnation import Incarnation
@@ -59,7 +60,8 @@ class StageSupervisor(EngineProcess):
         clock: Clock = time.monotonic,
         **how: Unpack[ProcessOptions],
     ) -> None:
-        """`options.stage` must be set. `on_pass` is told rows and seconds of every call of the engine."""
+        """`options.stage` must be set. `on_pass` is told rows and seconds of the calls of the engine that can be compared:
+        one row of each of some neighbours, or prompts of a tile or more."""
         super().__init__(options, **how)
         self._on_pass = on_pass
         self._clock = clock
@@ -282,7 +284,10 @@ class StageSupervisor(EngineProcess):
             opened.length = min(opened.length, start) if ran.code else start + count
         if not ran.code:
             self._deaths = 0
-            self._on_pass(sum(count for _, _, count in found.spans), ran.seconds)
+            rows = sum(count for _, _, count in found.spans)
+            # The end of a prompt has fewer rows for the output head than as many streams that decode.
+            if ran.neighbours and (rows == len(found.spans) or rows >= TILE_ROWS):
+                self._on_pass(rows, ran.seconds)
         if found.future.done():
             return
         if ran.code:

@@ -185,6 +185,8 @@ class Ran(msgspec.Struct, frozen=True, tag="ran"):
     ids: tuple[int, ...] = ()
     seconds: float = 0.0
     """Of the call."""
+    neighbours: bool = True
+    """Its sequences were neighbours, so that the weights were read once."""
     code: str = ""
     message: str = ""
 

@@ -236,7 +236,7 @@ class StageLoop:
     def _answer_run(self, message: Run, frame: Buffer | None) -> None:
         begun = self._clock()
         try:
-            ids, rows = self._run(message, frame)
+            ids, rows, neighbours = self._run(message, frame)
         except (StageLost, WireError, DecodeFailed) as error:
             self._link.send(Ran(run=message.run, code=error.code, message=str(error)))
             if self._failures >= MAX_FAILURES:
@@ -245,10 +245,10 @@ class StageLoop:
         seconds = self._clock() - begun
         count = sum(part.count for part in message.parts)
         diag(logger, "stage pass", rows=count, parts=len(message.parts), ms=round(1000 * seconds, 3))
-        self._link.send(Ran(run=message.run, ids=ids, seconds=seconds), rows)
+        self._link.send(Ran(run=message.run, ids=ids, seconds=seconds, neighbours=neighbours), rows)
 
-    def _run(self, message: Run, frame: Buffer | None) -> tuple[tuple[int, ...], Buffer | None]:
-        """Token ids, or the frame of rows that goes on."""
+    def _run(self, message: Run, frame: Buffer | None) -> tuple[tuple[int, ...], Buffer | None, bool]:
+        """Token ids, or the frame of rows that goes on; and whether the sequences were neighbours."""
         sequences = self._check(message.parts)
         count = sum(part.count for part in message.parts)
         rows = self._backend.decode_frame(b"" if frame is None else frame, count, message.encoding)
@@ -265,7 +265,7 @@ class StageLoop:
             raise
         for part, sequence in zip(message.parts, sequences, strict=True):
             sequence.length += part.count
-        return ids, out
+        return ids, out, max(slots) - min(slots) < len(slots)
 
     def _check(self, parts: Sequence[RunPart]) -> list[Opened]:
         """The sequences of the parts of a Run. Raises StageLost and WireError for what cannot be computed."""

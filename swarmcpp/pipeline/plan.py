@@ -46,7 +46,7 @@ def regroup(groups: Sequence[Sequence[int]], members: Sequence[int], wanted: int
             inside = at > 0 and member < kept[at - 1][-1]
             insort(kept[at - 1] if inside else min(beside, key=len), member)
         sizes = [len(group) for group in kept]
-        if max(sizes) - min(sizes) <= max(1, len(members) // (4 * wanted)):
+        if max(sizes) - min(sizes) <= 1:
             return kept
     return cut(members, wanted)
 

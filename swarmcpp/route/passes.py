@@ -57,8 +57,9 @@ def _shape(rows: int) -> float:
 
 
 class PassTimes:
-    """Seconds of the passes of one stage by their rows, as moving averages. Rows are rounded up to a power of two and
-    the seconds scaled along `_shape`; EXPIRY_S after its last sample a row count is unknown again.
+    """Seconds of the passes of one stage by their rows, as moving averages, for powers of two; EXPIRY_S after its last
+    sample a row count is unknown again. Only while it is, what passes of fewer rows took stands for it, scaled along
+    `_shape`: kernels work in tiles, and may need longer for 7 rows than for 8 (measured: 77 and 58 ms).
 
     The first sample is dropped, also after EXPIRY_S without any: it pays for weights that are not in memory yet.
     """
@@ -66,6 +67,8 @@ class PassTimes:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._passes: dict[int, RateEma] = {}
+        self._near: dict[int, RateEma] = {}
+        """Of fewer rows than a power of two."""
         self._at = -math.inf
 
     def add(self, rows: int, seconds: float) -> None:
@@ -78,13 +81,23 @@ class PassTimes:
         if cold:
             return
         bucket = min(1 << (rows - 1).bit_length(), MAX_ROWS)
-        if bucket not in self._passes:
-            self._passes[bucket] = RateEma(half_life_s=HALF_LIFE_S, expiry_s=EXPIRY_S, clock=self._clock)
-        self._passes[bucket].add(1, seconds * _shape(bucket) / _shape(rows))
+        exact = self._passes.setdefault(bucket, self._ema())
+        if rows == bucket:
+            exact.add(1, seconds)
+        else:
+            near = self._near.setdefault(bucket, self._ema())
+            near.add(1, seconds * _shape(bucket) / _shape(rows))
+
+    def _ema(self) -> RateEma:
+        return RateEma(half_life_s=HALF_LIFE_S, expiry_s=EXPIRY_S, clock=self._clock)
 
     def curve(self) -> Curve:
         """What is known now; empty: nothing."""
-        return sound_curve((rows, 1 / rate) for rows, ema in self._passes.items() if (rate := ema.rate()))
+        rates = {
+            rows: ema.rate() or (self._near[rows].rate() if rows in self._near else None)
+            for rows, ema in self._passes.items()
+        }
+        return sound_curve((rows, 1 / rate) for rows, rate in rates.items() if rate)
 
 
 def micro_batches(streams: int, curves: Sequence[Curve], rtt_s: float, most: int) -> int:

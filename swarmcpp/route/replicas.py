@@ -62,7 +62,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """An engine with all layers of the model: this node's (`name` is empty), or a peer's."""
+    """What answers whole requests: this node's (`name` is empty), or a peer's."""
 
     node: NodeId
     name: str
@@ -81,6 +81,8 @@ class Replica:
     rtt_s: float = 0.0
     bytes_per_s: float = 0.0
     """Of the link to it; 0: unknown. Not looked at for this node's own."""
+    pipeline: bool = False
+    """It is a head over stages of the swarm, not an engine with all layers."""
 
     @property
     def route(self) -> str:
@@ -143,6 +145,9 @@ def choose(
     is expected to have EXPECTED_TOKENS, or `max_tokens` if that is less. This node's own replica wins near ties.
     """
     replicas = [replica for replica in replicas if not replica.full]
+    if any(replica.pipeline and not replica.name for replica in replicas):
+        # The head of a peer would use the same stages: their batches would only fall apart into those of two heads.
+        replicas = [replica for replica in replicas if not (replica.pipeline and replica.name)]
     if not replicas:
         return None
     expected = min(max_tokens, EXPECTED_TOKENS if expected_tokens is None else expected_tokens)

@@ -170,7 +170,9 @@ class Requests:
         have, warm = self._blocks.warm(request) if local else (0, {})
         found: list[Replica] = []
         if local is not None and local.usable and len(request.prompt) < local.ctx_size:
-            found.append(Replica(self._own, "", local.slots, self._queue_size, local.load(), warm_tokens=have))
+            head = self._models.served is not None and self._models.served.offer.pipeline
+            own = Replica(self._own, "", local.slots, self._queue_size, local.load(), warm_tokens=have, pipeline=head)
+            found.append(own)
         links = self._mesh.links
         for view, offer in self._models.of(request.model):
             node = view.capability.node
@@ -190,6 +192,7 @@ class Requests:
                     own_rates=self._rates.rates(node),
                     rtt_s=links.rtt_s(node),
                     bytes_per_s=links.bytes_per_s(node),
+                    pipeline=offer.pipeline,
                 )
             )
         return found

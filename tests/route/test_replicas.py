@@ -45,6 +45,15 @@ def test_a_busy_node_sends_them_away() -> None:
     assert pick(replace(LOCAL, outstanding=1), PEER).replica == PEER
 
 
+def test_heads_over_the_same_stages_do_not_share_out_their_requests() -> None:
+    busy = replace(LOCAL, outstanding=3, pipeline=True)
+    head, whole = replace(PEER, pipeline=True), replace(PEER, node="bb", name="whole")
+    assert pick(busy, head).replica == busy
+    assert pick(busy, head, whole).replica == whole
+    assert pick(replace(busy, outstanding=12), head).replica == head, "a full one does"
+    assert pick(replace(LOCAL, outstanding=3), head).replica == head, "an engine of its own is something else"
+
+
 @pytest.mark.parametrize(("peer_tps", "chosen"), [(21.9, LOCAL), (22.4, PEER)])
 def test_a_near_tie_stays_here(peer_tps: float, chosen: Replica) -> None:
     peer = with_load(PEER, decode_tps=peer_tps)
