@@ -131,6 +131,11 @@ class StageSupervisor(EngineProcess):
         placing = Placing(opened, lease, asyncio.get_running_loop().create_future())
         self._waiting.placing.setdefault(opened.serial, deque()).append(placing)
         opened.placed = True
+        if not n_tokens:
+            # Nothing can be missing. The engine answers after the passes before it, and the rows of this sequence need
+            # not wait for that: they come behind. Should it refuse, they are refused, too.
+            placing.future.add_done_callback(lambda future: future.cancelled() or future.exception())
+            return 0
         return await placing.future
 
     async def run(
