@@ -14,6 +14,7 @@ from bench.netns import namespaces
 from bench.nodes import Nodes, cores
 from bench.pipebed import ANSWER, CTX, PROMPT, Case, apart, both, here, over_rpc, two_stages
 from bench.report import Figure, Outcome, Verdict, at_least
+from bench.rpc import halved
 from bench.servers import Launch
 from bench.setting import SWARM, Bed, Setup, commands
 
@@ -28,7 +29,7 @@ async def prefill(setup: Setup) -> Outcome:
     alone = _alone(setup, llama=True)
     with namespaces(2) as spaces:
         async with AsyncExitStack() as stack:
-            sides = await both(stack, setup, Case(apart(spaces), 1, LONG_CTX))
+            sides = await both(stack, setup, Case(apart(spaces), 1, LONG_CTX, first=halved))
             bed = await stack.enter_async_context(Bed(setup, [alone]))
             clients = {ALONE: bed.clients[ALONE], **sides.clients}
             for mbit in (1000.0, 20.0):

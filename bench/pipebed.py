@@ -29,6 +29,8 @@ class Case:
     slots: int
     ctx_size: int = CTX
     split: Split = BEST
+    first: Callable[[Path], int] = balanced
+    """How many layers the first box gets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ def stage(name: str, box: Box, case: Case, layers: tuple[int, int], *options: st
 
 async def two_stages(nodes: Nodes, case: Case, model: Path, *options: str) -> Client:
     """The first layers at A, which is asked, the others at B, as RPC has them."""
-    n_layers, half = inspect(model).n_layers, balanced(model)
+    n_layers, half = inspect(model).n_layers, case.first(model)
     await nodes.serve(stage("A", case.boxes[0], case, (0, half), *options), model)
     await nodes.join(stage("B", case.boxes[1], case, (half, n_layers), *options), model)
     await nodes.answers("A")
@@ -82,7 +84,9 @@ async def both(stack: AsyncExitStack, setup: Setup, case: Case) -> Sides:
     nodes: Nodes | None = None
     if LLAMA in setup.sides:
         rpc = await stack.enter_async_context(
-            Rpc(setup, case.boxes, slots=case.slots, ctx_size=case.ctx_size, split=case.split)
+            Rpc(
+                setup, case.boxes, slots=case.slots, ctx_size=case.ctx_size, split=case.split, first=case.first
+            )
         )
         clients[RPC] = rpc.client
         shown |= rpc.commands

@@ -11,7 +11,7 @@ from bench.longprompts import LONG_CTX, LONG_PROMPT, read_long
 from bench.netns import namespaces
 from bench.pipebed import ANSWER, CTX, PROMPT, Case, Sides, agreement_note, apart, both, here, over_rpc, race
 from bench.report import Figure, Outcome, Verdict
-from bench.rpc import CANDIDATES, RPC, Rpc
+from bench.rpc import CANDIDATES, RPC, Rpc, halved
 from bench.setting import SWARM, Setup
 
 STREAMS = {16: 1.3, 32: 1.3, 64: 1.65}
@@ -92,7 +92,7 @@ async def rpc(setup: Setup) -> Outcome:
             async with Rpc(setup, here(), slots=streams, ctx_size=CTX, split=split) as server:
                 found, _, _ = await race(setup, Sides({name: server.client}, {}), streams, f"rpc {streams}")
                 rates[streams] |= found
-        async with Rpc(setup, here(), slots=1, ctx_size=LONG_CTX, split=split) as server:
+        async with Rpc(setup, here(), slots=1, ctx_size=LONG_CTX, split=split, first=halved) as server:
             long |= await read_long(setup, {name: server.client}, "loopback")
             shown |= server.commands
     figures = [Figure(f"{streams} streams", "tokens/s", found) for streams, found in rates.items()]

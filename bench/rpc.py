@@ -79,6 +79,11 @@ def balanced(model: Path) -> int:
     return min(range(1, file.n_layers), key=lambda first: max(sum(layers[:first]), sum(layers[first:]) + head))
 
 
+def halved(model: Path) -> int:
+    """Half of the layers: so both boxes have as much to compute of a prompt, where only one row needs the output head."""
+    return inspect(model).n_layers // 2
+
+
 def worker(reference: Reference, box: Box) -> Launch:
     """A worker with one thread. In a namespace it listens at all addresses: there is nobody else."""
     host = "0.0.0.0" if box.space else "127.0.0.1"
@@ -92,9 +97,18 @@ class Rpc:
     Raises ServerDied where a program does not start.
     """
 
-    def __init__(self, setup: Setup, boxes: tuple[Box, Box], *, slots: int, ctx_size: int, split: Split = BEST) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        boxes: tuple[Box, Box],
+        *,
+        slots: int,
+        ctx_size: int,
+        split: Split = BEST,
+        first: Callable[[Path], int] = balanced,
+    ) -> None:
         self._setup, self._boxes, self._split = setup, boxes, split
-        self._slots, self._ctx_size = slots, ctx_size
+        self._slots, self._ctx_size, self._first = slots, ctx_size, first
         self._servers, self._sessions = ExitStack(), AsyncExitStack()
         self._workers: list[Running] = []
         self.commands: dict[str, str] = {}
@@ -131,7 +145,7 @@ class Rpc:
             threads=1,
             repack=setup.repack,
             cpus=(own.core,),
-            extra=self._split.argv(inspect(setup.model).n_layers, balanced(setup.model), ports, hosts),
+            extra=self._split.argv(inspect(setup.model).n_layers, self._first(setup.model), ports, hosts),
         )
         return replace(launch, name=self._split.name)
 

@@ -161,7 +161,7 @@ class Conductor:
         """End all requests and passes, and close what is open on stages as far as they answer soon."""
         self._closed = True
         for run in self._runs.values():
-            run.parts.put_nowait(Broken(StageFailed("this node ends"), own=True))
+            run.tell(Broken(StageFailed("this node ends"), own=True))
             self._give_back(run)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CLOSING_S)

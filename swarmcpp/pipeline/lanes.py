@@ -334,7 +334,7 @@ class Lane:
             self.broken = True
             self._watch.lost(self)
         for run in list(self.runs.values()):
-            run.parts.put_nowait(Broken(error, run in own))
+            run.tell(Broken(error, run in own))
             run.slot = -1
         self.runs.clear()
         self._planned.clear()

@@ -161,8 +161,12 @@ class Run:
             part = TokenPart((token,), finish, self.cached, tier, self.queue_s, now - self.placed_s)
         else:
             part = TokenPart((token,), finish)
-        self.parts.put_nowait(part)
+        self.tell(part)
         return finish
+
+    def tell(self, part: TokenPart | Broken) -> None:
+        """Hand the reader a part, after what is ready to run now: the next pass goes out before texts are written."""
+        asyncio.get_running_loop().call_soon(self.parts.put_nowait, part)
 
     def _finish(self, token: int, facts: ModelFacts) -> FinishReason | None:
         if token in facts.eog_tokens and not self.request.sampling.ignore_eos:
