@@ -6,13 +6,13 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Protocol
 
 from swarmcpp.core import Chunk, Clock
 from swarmcpp.engine.loop import WORTH_A_MOVE
-from swarmcpp.engine.scheduler import Policy, Scheduler
+from swarmcpp.engine.scheduler import Policy, Scheduler, SlotView
 from swarmcpp.errors import StageFailed, StageLost, SwarmError
 from swarmcpp.llama.rows import encode_rows
 from swarmcpp.pipeline.plan import expected_s, limit_s, regroup
@@ -198,12 +198,22 @@ class Lane:
     def _next_chunks(self) -> tuple[Chunk, ...]:
         """Prompt rows of the next pass; none when all is planned."""
         if not self._planned:
-            plan = self._scheduler.plan([view for run in self.runs.values() if (view := run.view())])
+            views = [view for run in self.runs.values() if (view := run.view())]
+            plan = self._prompt_scheduler(views).plan(views)
             self._planned.extend(plan.prefill)
             for group in plan.prefill:
                 for chunk in group:
                     self.runs[chunk.slot].n_past += chunk.count
         return self._planned.popleft() if self._planned else ()
+
+    def _prompt_scheduler(self, views: Sequence[SlotView]) -> Scheduler:
+        """The first chunks and the last ones are short: while the last stage waits for those, and all others after
+        these, the chain is not full. In between longer ones are faster."""
+        policy = self._scheduler.policy
+        left = sum(view.remaining for view in views)
+        if len(self.chain) == 1 or (self.in_flight and left > policy.prefill_chunk_tokens):
+            return self._scheduler
+        return replace(self._scheduler, policy=replace(policy, prefill_chunk_tokens=policy.tile))
 
     # -- a pass ----------------------------------------------------------------------------------------------------
 
