@@ -148,7 +148,7 @@ async def test_chunks_of_a_prompt_follow_one_another(swarm_of: SwarmMaker, whole
         assert await run(conductor, [wanted]) == whole([wanted])
     assert meeting.met == 4
     short = "where the chain fills and empties"
-        assert swarm.all[1].passes == [(64,), (128,), (128,), (64,), (16,)], short
+    assert swarm.all[1].passes == [(64,), (128,), (128,), (64,), (16,)], short
 
 
 async def test_micro_batches_are_computed_at_the_same_time(swarm_of: SwarmMaker, whole: Whole) -> None:
