@@ -84,9 +84,7 @@ async def both(stack: AsyncExitStack, setup: Setup, case: Case) -> Sides:
     nodes: Nodes | None = None
     if LLAMA in setup.sides:
         rpc = await stack.enter_async_context(
-            Rpc(
-                setup, case.boxes, slots=case.slots, ctx_size=case.ctx_size, split=case.split, first=case.first
-            )
+            Rpc(setup, case.boxes, slots=case.slots, ctx_size=case.ctx_size, split=case.split, first=case.first)
         )
         clients[RPC] = rpc.client
         shown |= rpc.commands

@@ -80,7 +80,7 @@ def balanced(model: Path) -> int:
 
 
 def halved(model: Path) -> int:
-    """Half of the layers: so both boxes have as much to compute of a prompt, where only one row needs the output head."""
+    """Half of the layers: both boxes compute as much of a prompt, of which only one row needs the output head."""
     return inspect(model).n_layers // 2
 
 

@@ -111,7 +111,8 @@ def root(
 def serve(config: ConfigFile = None, verbose: Verbose = 0, **flags: Flag) -> None:
     """Serve a model over an OpenAI API.
 
-    MODEL is a GGUF file, or a name that `swarmcpp models` lists; that is downloaded when it is not here yet.
+    MODEL is a GGUF file, or a name that `swarmcpp models` lists; that is downloaded when it is not here yet. Without
+    MODEL a small one that comes with swarmcpp is served.
     """
     loaded = _load(config, verbose, **flags)
     from swarmcpp.commands import serve as command
@@ -144,7 +145,7 @@ def join(
 
 
 @app.command()
-@_with_settings("api_key")
+@_with_settings("api_key", "data_dir")
 def chat(
     url: Url = None,
     model: Annotated[str | None, typer.Option(help="Model to talk to.", show_default="the server's first")] = None,
@@ -156,7 +157,8 @@ def chat(
 ) -> None:
     """Talk to a running server.
 
-    Input that is not a terminal is read as one message per line.
+    Without --url, and when no server runs on this machine, one is started with the small model that comes with
+    swarmcpp, for as long as the conversation lasts. Input that is not a terminal is read as one message per line.
     """
     from swarmcpp.commands import chat as command
 
@@ -168,6 +170,8 @@ def chat(
         system=system,
         temperature=temperature,
         max_tokens=max_tokens,
+        # Never another model than one that was named.
+        data_dir=loaded.config.storage.data_dir if url is None and model is None else None,
     )
     raise typer.Exit(command.run(options))
 

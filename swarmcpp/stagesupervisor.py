@@ -60,8 +60,8 @@ class StageSupervisor(EngineProcess):
         clock: Clock = time.monotonic,
         **how: Unpack[ProcessOptions],
     ) -> None:
-        """`options.stage` must be set. `on_pass` is told rows and seconds of the calls of the engine that can be compared:
-        one row of each of some neighbours, or prompts of a tile or more."""
+        """`options.stage` must be set. `on_pass` is told rows and seconds of the calls of the engine that can be
+        compared: one row of each of some neighbours, or prompts of a tile or more."""
         super().__init__(options, **how)
         self._on_pass = on_pass
         self._clock = clock

@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import socket
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from swarmcpp.commands import terminal
-from swarmcpp.commands.chat_client import ChatClient
+from swarmcpp.commands.chat_client import CONNECT_TIMEOUT_S, ChatClient, base_url
+from swarmcpp.commands.own_server import own_server
 from swarmcpp.config import LoadedConfig, ServerConfig
 from swarmcpp.core import Clock
 from swarmcpp.errors import SwarmError, WireError
+from swarmcpp.models import embedded
 from swarmcpp.telemetry import printable
 
 HELP = """\
@@ -34,6 +39,8 @@ class ChatOptions:
     system: str | None = None
     temperature: float | None = None
     max_tokens: int | None = None
+    data_dir: Path | None = None
+    """Of a server that may be started when there is none at `url`; None: none may."""
 
 
 @dataclass(slots=True)
@@ -213,14 +220,35 @@ class Chat:
 
 
 def run(options: ChatOptions) -> int:
-    """Hold a conversation and return the exit code: 1 when a piped message had no answer."""
+    """Hold a conversation and return the exit code: 1 when a piped message had no answer.
+
+    Raises what Chat.run does, and StartupError when a server of its own cannot be started.
+    """
     if isinstance(sys.stdin, io.TextIOWrapper):
         # A byte that is not UTF-8 must not end the conversation.
         sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - gives input() its editing and history; not there on Windows
-    return Chat(options).run()
+    if options.data_dir is None or _listens(options.url):
+        return Chat(options).run()
+    notes = terminal.stderr()
+    notes.print(f"no server runs at {options.url}; {embedded.ABOUT}", soft_wrap=True, highlight=False)
+    with own_server(options.data_dir, notes) as url:
+        # It has no key: nobody else reaches it.
+        return Chat(replace(options, url=url, api_key=None)).run()
+
+
+def _listens(url: str) -> bool:
+    """Whether anything takes connections there; what it is shows when it is asked."""
+    parts = urlsplit(base_url(url))
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 80), timeout=CONNECT_TIMEOUT_S):
+            return True
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        return True
 
 
 def local_url(server: ServerConfig) -> str:

@@ -10,6 +10,7 @@ from rich.table import Table
 from swarmcpp.commands import terminal
 from swarmcpp.commands.pull import user_catalogue
 from swarmcpp.config import StorageConfig
+from swarmcpp.models import embedded
 from swarmcpp.models.catalogue import CatalogueEntry
 from swarmcpp.models.partial import PartialFile
 
@@ -29,6 +30,9 @@ def run(storage: StorageConfig, *, as_json: bool) -> None:
     table.add_column("context", justify="right", no_wrap=True)
     table.add_column("licence")
     table.add_column("downloaded", no_wrap=True)
+    guide = embedded.embedded_file()
+    size = terminal.size_text(guide.stat().st_size)
+    table.add_row(embedded.GUIDE, "what serve takes without a name Q8_0", size, "2048", "MIT", "comes with swarmcpp")
     for entry in entries:
         table.add_row(
             entry.name,

@@ -21,6 +21,7 @@ from swarmcpp.commands.pull import download, user_catalogue
 from swarmcpp.commands.swarm import in_swarm
 from swarmcpp.config import Config, LoadedConfig, is_loopback
 from swarmcpp.errors import BadConfig
+from swarmcpp.models import embedded
 from swarmcpp.models.download import resolve_model
 from swarmcpp.models.inspect import inspect
 from swarmcpp.supervisor import EngineStatus
@@ -76,11 +77,11 @@ async def _own_swarm(config: Config) -> AbstractAsyncContextManager[Swarm]:
 
 
 def find_model(config: Config, console: Console) -> tuple[Path, str | None]:
-    """The model's file, downloaded if need be, and its name in the catalogue. Raises StartupError."""
+    """The model's file, downloaded if need be, and its name in the catalogue; the one that comes with the package, and
+    a line that says so, when none is named. Raises StartupError."""
     if config.model is None:
-        raise BadConfig(
-            "no model to serve: say `swarmcpp serve FILE.gguf`, or one of the names that `swarmcpp models` lists"
-        )
+        console.print(embedded.ABOUT, soft_wrap=True, highlight=False)
+        return embedded.embedded_file(), None
     storage = config.storage
     catalogue = user_catalogue(storage)
     found = resolve_model(config.model, storage.models_dir, catalogue)

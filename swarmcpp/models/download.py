@@ -20,6 +20,7 @@ from swarmcpp.core import Clock
 from swarmcpp.errors import BadModel, DownloadFailed
 from swarmcpp.models.capacity import gigabytes
 from swarmcpp.models.catalogue import Catalogue, CatalogueEntry
+from swarmcpp.models.embedded import NAMES, embedded_file
 from swarmcpp.models.gguf_header import MAGIC
 from swarmcpp.models.partial import PartialFile, Source, locked
 
@@ -56,7 +57,8 @@ class _Interrupted(Exception):
 
 
 def resolve_model(arg: str, models_dir: Path, catalogue: Catalogue) -> Path | CatalogueEntry:
-    """What `serve ARG` means: a file that exists, a downloaded model, or an entry that must be pulled first.
+    """What `serve ARG` means: a file that exists, a downloaded model, an entry that must be pulled first, or a model
+    that comes with the package.
 
     A path is returned as it is, even a directory, so that reading it gives the exact error. Raises BadModel
     with suggestions when it is none of these.
@@ -69,6 +71,8 @@ def resolve_model(arg: str, models_dir: Path, catalogue: Catalogue) -> Path | Ca
     except (OSError, RuntimeError) as error:
         # RuntimeError: "~name" of a user that does not exist.
         raise BadModel(f"{arg[:200]!r} cannot be looked up ({error}); check the path") from None
+    if entry is None and arg in NAMES:
+        return embedded_file(arg)
     if entry is None:
         if arg.lower().endswith(".gguf") or len(path.parts) > 1:
             raise BadModel(f"{path}: no such file; check the path, or see the known names with `swarmcpp models`")

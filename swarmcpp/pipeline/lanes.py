@@ -192,7 +192,7 @@ class Lane:
             curves = [self._around.pass_times(stage) for stage in self.chain]
             wanted = self._around.micro_batches(streams, curves, self._around.rtt(self.chain), streams)
             self._counted = (streams, wanted, now + RECOUNT_S)
-            diag(logger, "micro-batches", streams=streams, count=wanted, rtt_ms=round(1000*self._around.rtt(self.chain),2), curves=str([[(r,round(1000*t,1)) for r,t in c] for c in curves]))
+            diag(logger, "micro-batches", streams=streams, count=wanted)
         return self._counted[1]
 
     def _next_chunks(self) -> tuple[Chunk, ...]:

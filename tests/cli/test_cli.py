@@ -138,7 +138,6 @@ def test_main_does_not_swallow_what_nobody_expected(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["serve"], "no model to serve"),
         (["serve", "no-such-model"], "neither a file nor a known model"),
         (["serve", "missing/x.gguf"], "no such file"),
         (["serve", "m.gguf", "--config", "missing.toml"], "missing.toml"),

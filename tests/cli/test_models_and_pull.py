@@ -20,8 +20,9 @@ from swarmcpp.commands.pull import progress_text
 from swarmcpp.commands.serve import find_model
 from swarmcpp.commands.terminal import size_text, stderr
 from swarmcpp.config import load_config
-from swarmcpp.errors import BadConfig, BadModel
+from swarmcpp.errors import BadModel
 from swarmcpp.models.download import PullProgress
+from swarmcpp.models.embedded import GUIDE, embedded_file
 
 CONTENT = b"GGUF" + bytes(range(256)) * 4096
 HALF = len(CONTENT) // 2
@@ -156,8 +157,16 @@ def test_serve_takes_a_file_as_it_is(home: Path) -> None:
     assert find_model(load_config({"model": "qwen2.5-0.5b"}, {}, None).config, stderr())[1] is None
     with pytest.raises(BadModel, match="qwen"):
         find_model(load_config({"model": "qwen2.5-0.6b"}, {}, None).config, stderr())
-    with pytest.raises(BadConfig, match="swarmcpp models"):
-        find_model(load_config({}, {}, None).config, stderr())
+
+
+def test_serve_takes_the_guide_only_when_nothing_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert find_model(load_config({}, {}, None).config, stderr()) == (embedded_file(), None)
+    said = capsys.readouterr().err
+    assert "swarmcpp-guide" in said and "swarmcpp serve qwen2.5-0.5b" in said and said.count("\n") == 1
+    assert find_model(load_config({"model": GUIDE}, {}, None).config, stderr()) == (embedded_file(), None)
+    assert capsys.readouterr().err == ""
+    (home / GUIDE).touch()
+    assert find_model(load_config({"model": GUIDE}, {}, None).config, stderr())[0].name == GUIDE, "a file goes before"
 
 
 @pytest.mark.parametrize(

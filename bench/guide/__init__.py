@@ -1,0 +1,1 @@
+"""The embedded pair, swarmcpp-guide and its draft: their corpus, training, export and exams. See README.md here."""
