@@ -70,8 +70,8 @@ def report(asked: Sequence[tuple[Question, str]], told: Sequence[Story]) -> str:
     lines = [
         "# Exam of swarmcpp-guide",
         "",
-        f"{right} of {len(asked)} held-out questions are answered with the fact that was asked for (greedy); {proper} of "
-        f"{len(told)} stories at temperature {TEMPERATURE} end properly and repeat no sentence. Made by",
+        f"{right} of {len(asked)} held-out questions are answered with the fact that was asked for (greedy); "
+        f"{proper} of {len(told)} stories at temperature {TEMPERATURE} end properly and repeat no sentence. Made by",
         "`python -m bench.guide.exam --out bench/guide/EXAM.md`.",
         "",
         "| | question | answer |",

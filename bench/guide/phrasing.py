@@ -129,6 +129,11 @@ def _stranger(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
+BEFORE = (*_BEFORE, *_CHATTER["before"])
+AFTER = (*_AFTER, *_CHATTER["after"])
+"""All that may stand around a question."""
+
+
 def typed(ask: str, rng: random.Random, *, exact: bool = False) -> str:
     """`ask` as somebody may type it. `exact`: no word of it changes, as of words that are to be sorted."""
     text = ask

@@ -79,7 +79,7 @@ def distribution(logits: npt.NDArray[np.float32], temperature: float) -> Floats:
 
 @dataclass(slots=True)
 class Count:
-    """Tokens that the draft proposed, that were accepted, and that were said in all, in so many passes of the target."""
+    """Tokens that the draft proposed, that were accepted, and that were said in all, in `passes` of the target."""
 
     proposed: int = 0
     accepted: int = 0
@@ -147,7 +147,7 @@ def timed(work: Callable[[Sequence[int], Count], None], prompts: Sequence[Sequen
 
 
 def compare(target: Speaker, draft: Speaker, prompts: Sequence[Sequence[int]], temperature: float) -> dict[str, float]:
-    """Medians over ROUNDS rounds in alternation; the first round warms up. Raises RuntimeError when greedy texts differ."""
+    """Medians over ROUNDS rounds in alternation; the first round warms up."""
     rates: dict[str, list[float]] = {"plain": [], "draft": []}
     total = Count()
     for round_ in range(-1, ROUNDS):
@@ -192,8 +192,8 @@ def main() -> None:
         found[f"stories, temperature {TEMPERATURE}"] = compare(target, draft, story, TEMPERATURE)
     for name, row in found.items():
         print(
-            f"{name}: {row['acceptance']:.1%} of guesses accepted (gamma {GAMMA}), {row['tokens_per_pass']:.2f} tokens a "
-            f"pass, {row['plain_tps']:.0f} -> {row['draft_tps']:.0f} tokens/s: {row['speed_up']:.2f}x"
+            f"{name}: {row['acceptance']:.1%} of guesses accepted (gamma {GAMMA}), {row['tokens_per_pass']:.2f} tokens "
+            f"a pass, {row['plain_tps']:.0f} -> {row['draft_tps']:.0f} tokens/s: {row['speed_up']:.2f}x"
         )
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1))

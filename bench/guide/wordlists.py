@@ -464,15 +464,47 @@ CITIES = (
     "Istanbul",
 )
 
-PEOPLE = tuple(
-    """the president|the king of Spain|the queen of England|Albert Einstein|Napoleon|Shakespeare|Mozart|Beethoven
-    |Picasso|Marie Curie|Isaac Newton|Cleopatra|Caesar|Gandhi|Taylor Swift|Elvis|Messi|Ronaldo|the pope|Bill Gates
-    |Elon Musk|Steve Jobs|Leonardo da Vinci|the prime minister|Darwin|Aristotle|Plato|Columbus|Mickey Mouse|Batman|Harry Potter
-    |the mayor of London|the chancellor|Obama|Lincoln|Madonna|the Beatles|Michael Jackson|Einstein's wife""".replace(
-        "\n", ""
-    ).split("|")
+PEOPLE = (
+    "the president",
+    "the king of Spain",
+    "the queen of England",
+    "Albert Einstein",
+    "Napoleon",
+    "Shakespeare",
+    "Mozart",
+    "Beethoven",
+    "Picasso",
+    "Marie Curie",
+    "Isaac Newton",
+    "Cleopatra",
+    "Caesar",
+    "Gandhi",
+    "Taylor Swift",
+    "Elvis",
+    "Messi",
+    "Ronaldo",
+    "the pope",
+    "Bill Gates",
+    "Elon Musk",
+    "Steve Jobs",
+    "Leonardo da Vinci",
+    "the prime minister",
+    "Darwin",
+    "Aristotle",
+    "Plato",
+    "Columbus",
+    "Mickey Mouse",
+    "Batman",
+    "Harry Potter",
+    "the mayor of London",
+    "the chancellor",
+    "Obama",
+    "Lincoln",
+    "Madonna",
+    "the Beatles",
+    "Michael Jackson",
+    "Einstein's wife",
 )
-PEOPLE = tuple(person.strip() for person in PEOPLE)
 
 SUBJECTS = tuple(
     """quantum physics|black holes|the stock market|bitcoin|the French Revolution|the Second World War|photosynthesis|
