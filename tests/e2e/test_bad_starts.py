@@ -237,10 +237,6 @@ def test_an_unknown_name_suggests_others(home: Home) -> None:
     assert "qwen2.5-0.5b" in line.partition("known model")[2]
 
 
-def test_no_model_at_all(home: Home) -> None:
-    assert "swarmcpp models" in refused(home)
-
-
 def test_a_temporary_directory_with_a_long_path(model: str, data_dir: Path) -> None:
     with tempfile.TemporaryDirectory() as base:
         # Longer than the path of a Unix socket may be.
