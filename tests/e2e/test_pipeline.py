@@ -86,7 +86,7 @@ async def test_what_stages_have_read_they_need_not_read_again(
 def random_bodies() -> list[Body]:
     draw = random.Random(3)
     lengths = (3, 40, 63, 70, 129, 150, 200, 257)
-    return [completion([draw.randrange(256) for _ in range(n)], 64, logit_bias=ONLY_ASCII) for n in lengths]
+    return [completion([draw.randrange(256) for _ in range(n)], TOKENS, logit_bias=ONLY_ASCII) for n in lengths]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
