@@ -176,11 +176,15 @@ async def measure(stage: StageSupervisor, n_embd: int) -> None:
     for name in names:
         await stage.open(name, 1, (), request, 1)
         await stage.resume(name, 1, 0)
-    counts = [1, 1, *(1 << power for power in range(streams.bit_length()))]
-    until = time.monotonic() + MEASURE_S
-    for count in counts:
+
+    async def decode(count: int) -> None:
         parts = tuple(SequencePart(name, 1, 0, 1, output=True) for name in names[:count])
         await stage.run(parts, "f32", bytes(4 * n_embd * count), "f32")
+
+    await decode(1)
+    until = time.monotonic() + MEASURE_S
+    for count in (1, *(1 << power for power in range(streams.bit_length()))):
+        await decode(count)
         if time.monotonic() > until:
             break
     tile = SequencePart(names[0], 1, 0, TILE_ROWS, output=True)

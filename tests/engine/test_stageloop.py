@@ -168,6 +168,20 @@ def test_a_place_belongs_to_who_is_at_it(chain: Chain, whole: LlamaBackend) -> N
     assert told == {serial: alone(whole, asked[serial], 9) for serial in told}
 
 
+def test_sequences_change_places_when_no_slot_is_free(chain: Chain, whole: LlamaBackend) -> None:
+    """As many sequences as slots, of different lengths; one has not computed anything yet."""
+    asked = prompts(4)
+    told = chain.greedy({serial: asked[serial] for serial in (1, 2, 3)}, 5)
+    chain.place(4, asked[4])
+    assert all(stage.slots() == {1: 0, 2: 1, 3: 2, 4: 3} for stage in chain.stages)
+    chain.go_on({serial: asked[serial] for serial in told}, told, 9, places={1: 3, 2: 0, 3: 1})
+    assert all(stage.slots() == {1: 3, 2: 0, 3: 1, 4: 2} for stage in chain.stages)
+    chain.go_on({serial: asked[serial] for serial in told}, told, STEPS, places={1: 0, 2: 1, 3: 2})
+    assert told == {serial: alone(whole, asked[serial]) for serial in told}
+    for stage in chain.stages:
+        stage.loop.check_integrity()
+
+
 def test_sequences_are_given_out_lowest_first_and_no_more_than_there_are(first: Stage) -> None:
     for serial in range(4):
         assert not first.place(serial).code

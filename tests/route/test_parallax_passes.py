@@ -73,6 +73,16 @@ def test_rows_in_between_count_for_the_next_power_of_two() -> None:
     assert times.curve()[-1][0] == 512
 
 
+def test_rows_in_between_count_only_while_the_power_of_two_is_unknown() -> None:
+    """Kernels work in tiles: 7 rows may take longer than 8."""
+    times = PassTimes(FakeClock())
+    times.add(8, 9.0)
+    times.add(8, 0.058)
+    for _ in range(5):
+        times.add(7, 0.077)
+    assert times.curve() == ((8, pytest.approx(0.058)),)
+
+
 def test_pass_times_expire_and_the_next_is_cold_again() -> None:
     clock = FakeClock()
     times = PassTimes(clock)
