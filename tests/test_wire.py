@@ -99,7 +99,7 @@ by_class: dict[type, st.SearchStrategy[Any]] = {
         wire.BlocksStored, ids, st.lists(st.tuples(ids, st.binary(max_size=32)), max_size=3).map(tuple)
     ),
     wire.Placed: st.builds(wire.Placed, ids, ids, ids, st.booleans(), text, text),
-    wire.Ran: st.builds(wire.Ran, ids, st.lists(tokens, max_size=4).map(tuple), numbers, text, text),
+    wire.Ran: st.builds(wire.Ran, ids, st.lists(tokens, max_size=4).map(tuple), numbers, st.booleans(), text, text),
     Fault: st.builds(Fault, text, text),
     wire.StepOut: st.builds(
         wire.StepOut,
