@@ -29,7 +29,7 @@ def regroup(groups: Sequence[Sequence[int]], members: Sequence[int], wanted: int
     """The micro-batches of `members` (slots that decode, ascending), `wanted` of them, from those so far.
 
     Always intervals of `members`: stages compute neighbours together, and a group with a stranger between its members
-    takes one and a half times as long in every pass (measured). Who ended leaves, and who is new joins the group around
+    takes 40% longer in every pass (measured). Who ended leaves, and who is new joins the group around
     it, or the smaller of those beside it. All are cut anew only when the number of groups changes or they have become
     uneven: a member that changes its group makes it wait for a pass of another.
     """
