@@ -15,6 +15,7 @@ from typing import Any
 import llama_cpp.llama_cpp as c
 
 from swarmcpp.errors import BadModel
+from swarmcpp.llama.residency import forget_pages
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,10 @@ def system_info() -> str:
     return bytes(c.llama_print_system_info()).decode("utf-8", "replace").strip()
 
 
+FORGET_STEP = 0.02
+"""Of the weights, after which pages of the file are given back while it is loaded."""
+
+
 def load_model(path: Path, *, use_extra_bufts: bool, vocab_only: bool, progress: Any = None) -> Any:
     """A llama_model pointer. `progress` is a callable of one float in 0..1, called while the weights load.
 
@@ -75,19 +80,26 @@ def load_model(path: Path, *, use_extra_bufts: bool, vocab_only: bool, progress:
     params.n_gpu_layers = 0
     params.use_extra_bufts = use_extra_bufts
     params.vocab_only = vocab_only
-    keep = None
-    if progress is not None:
+    forgotten = 0.0
 
-        def on_progress(fraction: float, _user_data: Any) -> bool:
+    def on_progress(fraction: float, _user_data: Any) -> bool:
+        nonlocal forgotten
+        if use_extra_bufts and fraction >= forgotten + FORGET_STEP:
+            # Weights that are repacked are copies: without this all would be there twice, at the end and before.
+            forgotten = fraction
+            forget_pages(path)
+        if progress is not None:
             progress(fraction)
-            return True
+        return True
 
-        keep = c.llama_progress_callback(on_progress)
-        params.progress_callback = keep
+    keep = c.llama_progress_callback(on_progress)
+    params.progress_callback = keep
     recent_errors()
     pointer = c.llama_model_load_from_file(str(path).encode(), params)
     del keep
     if not pointer:
         reason = recent_errors() or "llama.cpp gave no reason"
         raise BadModel(f"{path}: llama.cpp cannot load this model: {reason}")
+    if use_extra_bufts and not vocab_only:
+        forget_pages(path)
     return pointer
