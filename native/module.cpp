@@ -43,6 +43,16 @@ bool all_finite_f16(const Bytes &bytes) {
     return bad == 0;
 }
 
+// The same for floats at an address: those of llama.cpp's logits, of which no copy is made.
+bool all_finite_f32(uintptr_t address, size_t count) {
+    const auto *bits = reinterpret_cast<const uint32_t *>(address);
+    uint32_t bad = 0;
+    for (size_t i = 0; i < count; ++i) {
+        bad |= static_cast<uint32_t>((bits[i] & 0x7F800000) == 0x7F800000);
+    }
+    return bad == 0;
+}
+
 // Takes the rows of one tensor out of a graph, and ends the graph there. ggml is reached through the addresses of its
 // functions, and a ggml_tensor stays opaque.
 class LayerTap {
@@ -106,6 +116,8 @@ NB_MODULE(_native, m) {
           "Address of a ggml_abort_callback; its user data is the address of two uint64: abort step, current step.");
     m.def("all_finite_f16", &all_finite_f16, nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>(),
           "Whether every IEEE half in a byte array (little-endian, shape (n,)) is finite.");
+    m.def("all_finite_f32", &all_finite_f32, nb::arg("address"), nb::arg("count"),
+          "Whether all of `count` floats at an address are finite.");
     nb::class_<LayerTap>(m, "LayerTap", "Takes one tensor's F32 rows out of every graph of one context.")
         .def(nb::init<std::string, uintptr_t, uintptr_t, uintptr_t>(), nb::arg("tensor"), nb::arg("get_name"),
              nb::arg("n_bytes"), nb::arg("tensor_get"),

@@ -9,6 +9,9 @@ def abort_callback_address() -> int:
 def all_finite_f16(bytes: npt.NDArray[np.uint8]) -> bool:
     """Whether every IEEE half in a byte array (little-endian, shape (n,)) is finite."""
 
+def all_finite_f32(address: int, count: int) -> bool:
+    """Whether all of `count` floats (32 bits) at an address are finite. The address must be that of as many."""
+
 class LayerTap:
     """Takes one tensor's F32 rows out of every graph of one context, and ends the graph there. Not thread-safe."""
 

@@ -205,6 +205,8 @@ class StageLoop:
         """Bring sequences to the places that their head wants them at, but not those that are at theirs away."""
         for part, sequence in zip(parts, sequences, strict=True):
             sequence.wanted = part.place
+        if all(sequence.wanted in (-1, sequence.slot) for sequence in sequences):
+            return
         at = {sequence.slot: sequence for sequence in self._sequences.values()}
         for sequence in sequences:
             wanted = sequence.wanted
@@ -253,7 +255,8 @@ class StageLoop:
         count = sum(part.count for part in message.parts)
         rows = self._backend.decode_frame(b"" if frame is None else frame, count, message.encoding)
         for part, sequence in zip(message.parts, sequences, strict=True):
-            self._cut(sequence, part.start)
+            if part.start != sequence.length:
+                self._cut(sequence, part.start)
         self._settle(message.parts, sequences)
         slots = [sequence.slot for sequence in sequences]
         try:

@@ -11,6 +11,7 @@ from typing import Any
 import llama_cpp.llama_cpp as c
 import numpy as np
 
+from swarmcpp._native import all_finite_f32
 from swarmcpp.errors import DecodeAborted, DecodeFailed, NotEnoughMemory
 from swarmcpp.llama import lib
 from swarmcpp.llama.snapshot import Bytes
@@ -108,6 +109,13 @@ class Context:
         """A copy of the logits of batch row `row` of the last decode, shape (n_vocab,)."""
         pointer = c.llama_get_logits_ith(self.pointer, row)
         return np.ctypeslib.as_array(pointer, shape=(self._n_vocab,)).copy()
+
+    def has_finite_logits(self, row: int) -> bool:
+        """Whether all logits of batch row `row` of the last decode are finite. Raises DecodeFailed when it has none."""
+        pointer = c.llama_get_logits_ith(self.pointer, row)
+        if not pointer:
+            raise DecodeFailed(f"row {row} of the last decode has no logits")
+        return all_finite_f32(ctypes.cast(pointer, ctypes.c_void_p).value or 0, self._n_vocab)
 
     def export(self, seq: int) -> Bytes:
         """llama.cpp's state of a sequence (see llama/snapshot.py), a copy. Raises DecodeFailed."""

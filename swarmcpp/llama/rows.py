@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from swarmcpp._native import all_finite_f32
 from swarmcpp.errors import WireError
 from swarmcpp.llama.kvwire import Q8_0_BYTES, QK8_0, _ggml
 from swarmcpp.wire import Buffer, RowEncoding
@@ -26,9 +27,9 @@ def encode_rows(rows: FloatRows, encoding: RowEncoding) -> memoryview:
 
     Raises WireError for values that are not finite, or too large for Q8_0.
     """
-    if not np.isfinite(rows).all():
-        raise WireError("rows with values that are not finite are not sent")
     rows = np.ascontiguousarray(rows, "<f4")
+    if not all_finite_f32(rows.ctypes.data, rows.size):
+        raise WireError("rows with values that are not finite are not sent")
     if encoding == "f32":
         return rows.reshape(-1).view(np.uint8).data
     n, n_embd = rows.shape
@@ -51,7 +52,7 @@ def decode_rows(frame: Buffer, n: int, n_embd: int, encoding: RowEncoding) -> Fl
         raise WireError(f"{size} bytes of {encoding} for {n} rows of {n_embd} values, which take {expected}")
     if encoding == "f32":
         rows = np.frombuffer(frame, "<f4").reshape(n, n_embd)
-        finite = bool(np.isfinite(rows).all())
+        finite = all_finite_f32(rows.ctypes.data, rows.size)
     else:
         source = np.frombuffer(frame, np.uint8)
         rows = np.empty((n, -(-n_embd // QK8_0) * QK8_0), np.float32)

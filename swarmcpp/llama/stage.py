@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import llama_cpp.llama_cpp as c
@@ -117,6 +117,9 @@ class StageContext:
         count = self._batch.count
         if self._tap.filled != count * self.n_embd * self._taken.itemsize:
             raise DecodeFailed(f"llama.cpp gave {self._tap.filled} bytes of hidden rows for {count} rows")
+        if all(len(part.rows) == 1 for part in parts) and all(a.slot < b.slot for a, b in pairwise(parts)):
+            # Those come in the order in which they went in.
+            return self._taken[:count].copy()
         hidden = np.empty((count, self.n_embd), np.float32)
         hidden[ubatch_order([(part.slot, len(part.rows)) for part in parts])] = self._taken[:count]
         return hidden
@@ -145,10 +148,10 @@ class LlamaStage(LlamaBackend):
 
     def compute(self, slots: Sequence[int], parts: Sequence[RunPart], rows: FloatRows) -> FloatRows:
         """See `engine.stageloop.StageBackend`."""
-        ends = list(accumulate(part.count for part in parts))
-        places = [range(end - part.count, end) for end, part in zip(ends, parts, strict=True)]
         # By slot, as a whole model has them: it is also what makes neighbours of neighbours.
         order = sorted(range(len(parts)), key=slots.__getitem__)
+        ends = list(accumulate(part.count for part in parts))
+        places = [range(end - part.count, end) for end, part in zip(ends, parts, strict=True)]
         batch = [
             StageRows(slots[each], parts[each].start, rows[places[each].start : places[each].stop], parts[each].output)
             for each in order
@@ -162,7 +165,7 @@ class LlamaStage(LlamaBackend):
 
     def finite(self, slot: int) -> bool:
         """See `engine.stageloop.StageBackend`."""
-        return bool(np.isfinite(self._stage.logits(slot)).all())
+        return self._stage.context.has_finite_logits(self._stage.output_row(slot))
 
     def sample(self, sampler: SamplerLike, slot: int) -> int:
         """See `core.Backend`."""

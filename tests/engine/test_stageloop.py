@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import llama_cpp.llama_cpp as c
 import numpy as np
 import pytest
 from engine_support import GREEDY, prompt_of, request
@@ -15,9 +16,12 @@ from swarmcpp.errors import DecodeFailed
 from swarmcpp.kv.arena import ArenaFile, ArenaGeometry
 from swarmcpp.llama.backend import LlamaBackend
 from swarmcpp.llama.context import Context, Model
+from swarmcpp.llama.rows import FloatRows
+from swarmcpp.llama.stage import StageContext, StageRows
 from swarmcpp.wire import BlocksStored, Cancel, Place, Placed, Ran, Run, RunPart, Stop, StoreBlocks, UseArena
 
 STEPS = 50
+Decode = Callable[[Sequence[StageRows]], FloatRows]
 SAMPLED = SamplingParams(temperature=1.2, seed=7, repeat_penalty=1.1)
 
 
@@ -237,10 +241,17 @@ def test_values_that_are_not_finite_fail_the_pass_and_nobody_else(
         for serial in (1, 2):
             stage.place(serial, request(prompt_of(4), sampling=SAMPLED))
         run(stage, [RunPart(1, 0, 4, False)])
-        decode, logits = stage.context.decode, stage.context.logits
+        context, decode = stage.context, stage.context.decode
+
+        def poisoned(batch: Sequence[StageRows], context: StageContext = context, decode: Decode = decode) -> FloatRows:
+            hidden = decode(batch)
+            if context.is_tail:
+                last = context.output_row(next(part.slot for part in batch if part.output))
+                c.llama_get_logits_ith(context.context.pointer, last)[7] = float("inf")
+            return hidden * np.float32("nan")
+
         with monkeypatch.context() as patch:
-            patch.setattr(stage.context, "decode", lambda batch, decode=decode: decode(batch) * np.float32("nan"))
-            patch.setattr(stage.context, "logits", lambda slot, logits=logits: logits(slot) * np.float32("inf"))
+            patch.setattr(context, "decode", poisoned)
             ran, rows = run(stage, parts)
         assert (ran.code, rows, ran.ids) == ("decode_failed", None, ())
         assert "finite" in ran.message
