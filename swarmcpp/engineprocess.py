@@ -10,12 +10,14 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from functools import partial
+from typing import Any, TypedDict
 
 from swarmcpp.core import EngineState, KvLayout
 from swarmcpp.errors import EngineFailed, NotReady, StartupError, SwarmError, revive
 from swarmcpp.incarnation import STOP_GRACE_S, Incarnation, describe_exit, launch
 from swarmcpp.kv.cache import Grant, PrefixCache
+from swarmcpp.swarm.link import NodeLink
 from swarmcpp.wire import (
     BlocksStored,
     EngineOptions,
@@ -23,7 +25,9 @@ from swarmcpp.wire import (
     FromEngine,
     Load,
     LoadProgress,
+    Ran,
     Ready,
+    StepOut,
     StoreBlocks,
     UseArena,
 )
@@ -104,8 +108,9 @@ class EngineProcess(ABC):
     # -- for those who know what it computes -----------------------------------------------------------------------
 
     @abstractmethod
-    def _handle(self, incarnation: Incarnation, message: FromEngine) -> None:
-        """Apply a message of an engine that is ready. Raises WireError for one that makes no sense: the engine ends."""
+    def _handle(self, incarnation: Incarnation, message: FromEngine, frame: bytes | None) -> None:
+        """Apply a message of an engine that is ready, and the frame beside it. Raises WireError for one that makes no
+        sense: the engine ends."""
 
     @abstractmethod
     def _serve(self, incarnation: Incarnation) -> None:
@@ -178,30 +183,34 @@ class EngineProcess(ABC):
 
     async def _attend(self, incarnation: Incarnation) -> int:
         """Handle an engine's messages until it exits; its exit code."""
-        pump = asyncio.create_task(self._pump(incarnation), name="engine messages")
+        link = incarnation.link
+        link.start(partial(self._take, incarnation))
         errors = asyncio.create_task(incarnation.collect_stderr(), name="engine stderr")
         try:
             exited = asyncio.create_task(incarnation.process.wait())
-            await asyncio.wait({exited, pump}, return_when=asyncio.FIRST_COMPLETED)
+            ends: set[asyncio.Future[Any]] = {exited, link.ended}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if not exited.done():
-                await self._dismiss(pump, exited, incarnation)
+                await self._dismiss(link.ended, exited, incarnation)
             code = await exited
-            await asyncio.wait({errors}, timeout=LAST_WORDS_S)
-            if code == FAULT_EXIT:
-                # The exit may be noticed before the Fault that explains it.
-                await asyncio.wait({pump}, timeout=LAST_WORDS_S)
+            ends = {errors}
+            if link.connected or code == FAULT_EXIT:
+                # An exit may be noticed before the last messages, of which one may be the Fault that explains it.
+                ends.add(link.ended)
+            await asyncio.wait(ends, timeout=LAST_WORDS_S)
             return code
         finally:
-            pump.cancel()
             errors.cancel()
-            await asyncio.gather(pump, errors, return_exceptions=True)
+            if incarnation.readying:
+                incarnation.readying.cancel()
+            await asyncio.gather(errors, *filter(None, (incarnation.readying,)), return_exceptions=True)
             if incarnation.process.returncode is None:
                 incarnation.process.kill()
                 await incarnation.process.wait()
 
-    async def _dismiss(self, pump: asyncio.Task[None], exited: asyncio.Task[int], incarnation: Incarnation) -> None:
+    async def _dismiss(self, ended: asyncio.Future[None], exited: asyncio.Task[int], incarnation: Incarnation) -> None:
         """End an engine that has said its last: a Fault, or a frame that is none of ours."""
-        error = pump.exception()
+        error = ended.exception()
         # An engine that cannot be written to has died, of what its exit code tells.
         if error and not isinstance(error, EngineFailed):
             # Such an engine cannot be trusted with more.
@@ -213,24 +222,26 @@ class EngineProcess(ABC):
 
     # -- messages ------------------------------------------------------------------------------------------------
 
-    async def _pump(self, incarnation: Incarnation) -> None:
-        """Handle messages until a Fault, which is the last one. Raises WireError."""
-        introduced = False
-        while True:
-            message = await incarnation.link.receive()
-            if not introduced:
-                introduced = True
-                incarnation.link.send(Load(options=self._options))
-            match message:
-                case LoadProgress(fraction=fraction):
-                    self._set(load_fraction=fraction)
-                case Ready():
-                    await self._on_ready(incarnation, message)
-                case Fault(code=code, message=text):
-                    self._fault = revive(code, text)
-                    return
-                case _:
-                    self._handle(incarnation, message)
+    def _take(self, incarnation: Incarnation, message: FromEngine, frame: bytes | None) -> None:
+        """Handle a message; a Fault is the last one. Raises WireError."""
+        if not incarnation.introduced:
+            incarnation.introduced = True
+            incarnation.link.send(Load(options=self._options))
+        match message:
+            case Ran() | StepOut():
+                # By far the most, so first.
+                self._handle(incarnation, message, frame)
+            case LoadProgress(fraction=fraction):
+                self._set(load_fraction=fraction)
+            case Ready():
+                # It is given nothing to do before it is found ready, so nothing of it can come meanwhile.
+                incarnation.readying = asyncio.create_task(self._on_ready(incarnation, message))
+                incarnation.readying.add_done_callback(partial(_end_with, incarnation.link))
+            case Fault(code=code, message=text):
+                self._fault = revive(code, text)
+                incarnation.link.end()
+            case _:
+                self._handle(incarnation, message, frame)
 
     async def _on_ready(self, incarnation: Incarnation, ready: Ready) -> None:
         if ready.layout is None:
@@ -315,3 +326,9 @@ class EngineProcess(ABC):
         self._fault = error
         self._fail_all(error if not isinstance(error, StartupError) else NotReady(str(error)))
         self._set(state="failed", detail=str(error), pid=0)
+
+
+def _end_with(link: NodeLink, task: asyncio.Task[None]) -> None:
+    """End the link with the error of a task, if it had one."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        link.end(error if isinstance(error, Exception) else EngineFailed(repr(error)))

@@ -35,6 +35,10 @@ class Incarnation:
     stderr: deque[str] = field(default_factory=lambda: deque(maxlen=30))
     grants: dict[int, deque[Grant]] = field(default_factory=dict)
     """By serial, in the order of their StoreBlocks."""
+    introduced: bool = False
+    """It has said something, and so can hear."""
+    readying: asyncio.Task[None] | None = None
+    """What its node does until it is found ready."""
 
     def close(self) -> None:
         """Release everything but the process."""
@@ -78,7 +82,6 @@ async def launch(command: tuple[str, ...]) -> Incarnation:
         abort = AbortFlag(abort_file, create=True)
         undo.callback(abort.close)
         link = NodeLink()
-        # A link that is dropped with its socket open blocks for ever when it is collected.
         undo.callback(link.close)
         process = await asyncio.create_subprocess_exec(
             *command,

@@ -105,7 +105,7 @@ class EngineSupervisor(EngineProcess):
 
     # -- messages ------------------------------------------------------------------------------------------------
 
-    def _handle(self, incarnation: Incarnation, message: FromEngine) -> None:
+    def _handle(self, incarnation: Incarnation, message: FromEngine, frame: bytes | None) -> None:
         match message:
             case StepOut():
                 self._on_step(message)

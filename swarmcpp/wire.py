@@ -107,7 +107,7 @@ class Place(msgspec.Struct, frozen=True, tag="place"):
 
 class RunPart(msgspec.Struct, frozen=True, array_like=True):
     """Rows of one sequence: `count` from position `start`, to which its KV is cut back. `output`: sample after them.
-    `place`: see `stages.SequencePart`."""
+    `place`: see `peerwire.PassPart`."""
 
     serial: int
     start: int
@@ -288,7 +288,7 @@ class EngineLink(Protocol):
         ...
 
     def send(self, message: FromEngine) -> None:
-        """Queue a message for the node."""
+        """Send a message to the node; waits while that does not read. Raises ConnectionError when it is gone."""
         ...
 
 
@@ -303,5 +303,5 @@ class StageLink(Protocol):
         ...
 
     def send(self, message: FromEngine, frame: Buffer | None = None) -> None:
-        """Queue a message for the node, with at most one frame beside it. Raises WireError over MAX_TENSOR."""
+        """See `EngineLink`; with at most one frame beside it. Raises WireError over MAX_TENSOR, ConnectionError."""
         ...

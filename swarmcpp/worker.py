@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from swarmcpp.core import KvLayout
 from swarmcpp.errors import SnapshotError, SwarmError
+from swarmcpp.hardware import settle
 from swarmcpp.swarm.link import WorkerLink
 from swarmcpp.wire import EngineLink, EngineOptions, Fault, Load, LoadProgress, Ready, Stop, UseArena
 
@@ -45,6 +46,9 @@ def main() -> int:
     except SwarmError as error:
         link.send(Fault(code=error.code, message=str(error)))
         return 1
+    except ConnectionError:
+        # The node is gone.
+        return 0
     finally:
         link.close()
     return 0
@@ -105,6 +109,7 @@ def _run_engine(options: EngineOptions, link: WorkerLink, abort_file: Path) -> N
             no_blocks=no_blocks,
         )
     )
+    settle()
     try:
         loop.serve()
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -21,6 +23,7 @@ from swarmcpp.hardware import (
     parse_memory_stat,
     read_cgroup,
     read_hardware,
+    settle,
     usable_cores,
 )
 
@@ -202,3 +205,28 @@ def test_this_machine() -> None:
 
 def test_disk_free_of_a_directory_that_is_not_there_yet(tmp_path: Path) -> None:
     assert disk_free(tmp_path / "not/yet/there") == pytest.approx(disk_free(tmp_path), rel=0.1)
+
+
+def test_what_exists_at_the_end_of_a_start_is_never_collected_again() -> None:
+    class Node:
+        other: Node | None = None
+
+    old = Node()
+    old.other = old
+    before = weakref.ref(old)
+    try:
+        settle()
+        assert gc.get_freeze_count() > 1000
+        del old
+        assert before() is not None
+        young = Node()
+        young.other = young
+        after = weakref.ref(young)
+        del young
+        gc.collect()
+        assert before() is not None, "it was there at the start"
+        assert after() is None, "it was not"
+    finally:
+        gc.unfreeze()
+        gc.collect()
+    assert before() is None

@@ -378,16 +378,15 @@ async def test_a_command_that_does_not_exist_is_a_failure(tiny: Path, tmp_path: 
 
 
 RUBBISH = """
-import json, sys, time, zmq
-ticket = json.loads(sys.stdin.readline())
-socket = zmq.Context().socket(zmq.DEALER)
-socket.connect(ticket["endpoint"])
-socket.send({frame!r})
+import json, sys, time
+from swarmcpp.swarm import link as module
+link = module.WorkerLink(json.loads(sys.stdin.readline()))
+frame = {frame!r}
+link._socket.sendall(module._HEADER.pack(len(frame), module._NO_FRAME) + frame)
 time.sleep(600)
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Unix sockets")
 @pytest.mark.parametrize("frame", [b"rubbish", b"", b"\x01\xff", b"\x02\x80"])
 async def test_an_engine_that_sends_rubbish_is_a_crashed_one(tiny: Path, frame: bytes) -> None:
     sleeps = Sleeps()

@@ -21,6 +21,7 @@ from swarmcpp.commands.pull import download, user_catalogue
 from swarmcpp.commands.swarm import in_swarm
 from swarmcpp.config import Config, LoadedConfig, is_loopback
 from swarmcpp.errors import BadConfig
+from swarmcpp.hardware import settle
 from swarmcpp.models import embedded
 from swarmcpp.models.download import resolve_model
 from swarmcpp.models.inspect import inspect
@@ -100,6 +101,7 @@ async def serve(
     def ready(serving: node.Serving) -> None:
         view.close()
         terminal.stdout().print(ready_text(serving, with_key=config.server.api_key is not None), soft_wrap=True)
+        settle()
 
     try:
         await node.run(config, path, name=name, swarm=swarm, on_progress=view.update, on_ready=ready, stop=stop)

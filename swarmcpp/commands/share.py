@@ -12,7 +12,7 @@ from swarmcpp.commands import terminal
 from swarmcpp.commands.serve import LoadingView, ask_text, join_text
 from swarmcpp.config import Config
 from swarmcpp.errors import NotEnoughMemory
-from swarmcpp.hardware import read_hardware
+from swarmcpp.hardware import read_hardware, settle
 from swarmcpp.layerhost import SHARED_CTX, SHARED_SLOTS, Obtain, Range, SharedModel, check_range
 from swarmcpp.models.inspect import ModelFile, inspect
 from swarmcpp.models.manifest import Manifest, manifest_of
@@ -88,6 +88,7 @@ async def run(
         view.close()
         text = ready_text(serving, with_key=config.server.api_key is not None)
         terminal.stdout().print(text, soft_wrap=True)
+        settle()
 
     try:
         await layers.run(

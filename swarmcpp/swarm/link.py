@@ -1,151 +1,304 @@
-"""The link between a node and one incarnation of its engine: a pair of DEALER sockets.
+"""The link between a node and one incarnation of its engine: a byte stream with messages and raw frames in it.
 
-`ipc://` in a private directory where the platform has it and its path is short enough; elsewhere loopback TCP under
-CURVE, with keys that only these two processes know. Each incarnation gets an endpoint of its own, so nothing of a dead
-engine can reach its successor.
+A Unix socket in a private directory where the platform has them and its path is short enough; loopback TCP elsewhere.
+Whoever connects shows the secret of the engine's ticket first. Each incarnation gets an endpoint of its own, so nothing
+of a dead engine can reach its successor.
+
+Not ZeroMQ, which is for what crosses the network: its threads cost each message of a stage two more switches between
+threads, just when the caches are full of weights (see docs/architecture.md).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hmac
+import logging
 import os
+import secrets
+import select
+import socket
+import struct
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import zmq
-import zmq.asyncio
+from typing import Final
 
 from swarmcpp.errors import EngineFailed, WireError
-from swarmcpp.wire import MAX_FRAME, MAX_TENSOR, Buffer, FromEngine, ToEngine, decode, encode
+from swarmcpp.wire import MAX_FRAME, MAX_TENSOR, Buffer, FromEngine, Stop, ToEngine, decode, encode
 
-_HIGH_WATER = 10_000
-"""Messages. Admission bounds what a node sends far below; an engine that far behind is not reading at all."""
+MAX_UNSENT: Final = 512 << 20
+"""Bytes that may wait for an engine. Admission bounds what a node sends below; one that far behind does not read."""
 
-_CURVE_OVERHEAD = 64
-"""Bytes by which CURVE may lengthen a frame (33 now): ZeroMQ compares what is on the wire with its size limit, and a
-frame beyond it ends the connection, with everything that was under way on it."""
+RETRY_S: Final = 0.05
+LINGER_S: Final = 1.0
+
+_HEADER = struct.Struct("<II")
+"""Bytes of the message, and of the frame beside it."""
+
+_NO_FRAME: Final = 0xFFFFFFFF
+_SECRET_BYTES: Final = 32
+_READ: Final = 1 << 18
+_UNIX_PATH: Final = 100
+"""Characters that the path of a Unix socket may have everywhere (macOS: 103)."""
+
+logger = logging.getLogger(__name__)
 
 Ticket = dict[str, str]
 """What an engine needs to connect; handed over on its stdin, never on the command line."""
 
-
-@dataclass(slots=True)
-class _Keys:
-    public: str
-    secret: str
-
-
-def _keys() -> _Keys:
-    public, secret = zmq.curve_keypair()
-    return _Keys(public.decode(), secret.decode())
+OnMessage = Callable[[FromEngine, bytes | None], None]
+"""Takes a message and the frame beside it. What it raises ends the link."""
 
 
 class NodeLink:
-    """The node's end, on its event loop."""
+    """The node's end, on its event loop, where it must be made."""
 
     def __init__(self) -> None:
-        self.frame: bytes | None = None
-        """Beside the message that `receive` returned last."""
+        """Raises OSError when no endpoint can be made."""
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when no message comes any more; with the error that ended it, if it was one."""
         self._directory: tempfile.TemporaryDirectory[str] | None = None
-        self._context = zmq.asyncio.Context(io_threads=1)
-        self._socket = self._context.socket(zmq.DEALER)
-        _configure(self._socket)
-        if endpoint := self._ipc_endpoint():
-            self._socket.bind(endpoint)
-            self.ticket: Ticket = {"endpoint": endpoint}
-        else:
-            server = _keys()
-            self._socket.curve_server = True
-            self._socket.curve_publickey = server.public.encode()
-            self._socket.curve_secretkey = server.secret.encode()
-            port = self._socket.bind_to_random_port("tcp://127.0.0.1")
-            self.ticket = {"endpoint": f"tcp://127.0.0.1:{port}", "server_key": server.public}
+        self._secret = secrets.token_bytes(_SECRET_BYTES)
+        self._listener, endpoint = self._listen()
+        self._listener.setblocking(False)
+        self.ticket: Ticket = {"endpoint": endpoint, "secret": self._secret.hex()}
+        self._accepting: asyncio.Task[None] | None = None
+        self._transport: asyncio.Transport | None = None
+        self._lost = False
+        self._strangers: set[asyncio.Transport] = set()
+        """Who has connected and not shown the secret yet."""
+        self._on_message: OnMessage = lambda _message, _frame: None
 
-    def _ipc_endpoint(self) -> str | None:
-        """An address in a directory of its own; None where the platform has none, or none as long as it would be."""
-        if not zmq.has("ipc"):
+    def _listen(self) -> tuple[socket.socket, str]:
+        if path := self._unix_path():
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(path)
+            endpoint = f"unix:{path}"
+        else:
+            listener = socket.socket(socket.AF_INET)
+            listener.bind(("127.0.0.1", 0))
+            endpoint = f"tcp:{listener.getsockname()[1]}"
+        listener.listen(8)
+        return listener, endpoint
+
+    def _unix_path(self) -> str | None:
+        """A path in a directory of its own; None where the platform has none, or none as long as it would be."""
+        if not hasattr(socket, "AF_UNIX"):
             return None
-        # Short on purpose: a Unix socket path holds about 100 characters, and TMPDIR may be most of them.
+        # Short on purpose: TMPDIR may be most of what a path may have.
         for parent in (None, "/tmp"):
             directory = tempfile.TemporaryDirectory(prefix="swarmcpp-", dir=parent, ignore_cleanup_errors=True)
             path = Path(directory.name) / "engine"
-            if len(os.fsencode(path)) <= zmq.IPC_PATH_MAX_LEN:
+            if len(os.fsencode(path)) <= _UNIX_PATH:
                 self._directory = directory
-                return f"ipc://{path}"
+                return str(path)
             directory.cleanup()
         return None
 
-    async def receive(self) -> FromEngine:
-        """The engine's next message; `frame` is what came beside it. Raises WireError on a frame that is none."""
-        message, self.frame = _split(await self._socket.recv_multipart())
-        return decode(message)  # type: ignore[return-value]
+    @property
+    def connected(self) -> bool:
+        """The engine has been there."""
+        return self._transport is not None
+
+    def start(self, on_message: OnMessage) -> None:
+        """Take messages from the engine, which may connect from now on (one that did before waits)."""
+        self._on_message = on_message
+        self._accepting = asyncio.create_task(self._accept(), name="engine link")
+        # Not before: its number might be another socket's while the loop still watches it.
+        self._accepting.add_done_callback(lambda _: self._listener.close())
+
+    async def _accept(self) -> None:
+        """Accept until one shows the secret. Strangers can connect where there are no Unix sockets."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(self._listener)
+                if accepted.family == socket.AF_INET:
+                    accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                await loop.connect_accepted_socket(lambda: _Stream(self), accepted)
+            except OSError as error:
+                # Somebody who has gone again, or no file is free for a moment.
+                logger.debug("a connection to an engine's link failed: %s", error)
+                await asyncio.sleep(RETRY_S)
+
+    def _admit(self, transport: asyncio.Transport, secret: bytes) -> bool:
+        """Whether a connection that begins with `secret` is the engine's."""
+        if self._transport is not None or not hmac.compare_digest(secret, self._secret):
+            return False
+        self._transport = transport
+        self._strangers.discard(transport)
+        self._shut()
+        return True
+
+    def _shut(self) -> None:
+        """Let nobody in any more."""
+        if self._accepting:
+            self._accepting.cancel()
+        else:
+            self._listener.close()
+        for stranger in self._strangers:
+            stranger.abort()
+        self._strangers.clear()
+
+    def _take(self, message: bytes, frame: bytes | None) -> None:
+        if not self.ended.done():
+            try:
+                self._on_message(decode(message), frame)  # type: ignore[arg-type]
+            except Exception as error:  # noqa: BLE001 - whoever waits for `ended` deals with it
+                self.end(error)
+
+    def end(self, error: Exception | None = None) -> None:
+        """Take no more messages; those to the engine still go out."""
+        if self.ended.done():
+            return
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
+            # Read already: what the loop would complain of is that nobody asked.
+            self.ended.exception()
 
     def send(self, message: ToEngine, frame: Buffer | None = None) -> None:
-        """Queue a message, with at most one frame beside it. Raises EngineFailed when the engine has stopped reading,
-        WireError for more than a message or a frame may have."""
-        # The future is done at once: pyzmq tries to send before it queues, and NOBLOCK forbids queueing.
-        sent = self._socket.send_multipart(_join(encode(message), frame), zmq.NOBLOCK)
-        if isinstance(sent, asyncio.Future) and sent.done() and isinstance(sent.exception(), zmq.Again):
+        """Queue a message, with at most one frame beside it. Raises EngineFailed when the engine is not there or has
+        stopped reading, WireError for more than a message or a frame may have."""
+        pieces = _pieces(encode(message), frame)
+        transport = self._transport
+        if transport is None or transport.is_closing() or transport.get_write_buffer_size() > MAX_UNSENT:
             raise EngineFailed("the engine does not read its messages")
+        transport.write(b"".join(pieces))
 
     def close(self) -> None:
-        """Close the socket; unsent messages are dropped."""
-        self._socket.close(linger=0)
-        self._context.term()
+        """Close the endpoint; unsent messages are dropped."""
+        self.end()
+        self._shut()
+        # One that has ended after it was closed with something unsent cannot be aborted (CPython).
+        if self._transport and not self._lost:
+            self._transport.abort()
         if self._directory:
             self._directory.cleanup()
+
+
+class _Stream(asyncio.Protocol):
+    """One connection to a NodeLink."""
+
+    def __init__(self, link: NodeLink) -> None:
+        self._link = link
+        self._transport: asyncio.Transport | None = None
+        self._admitted = False
+        self._buffer = bytearray()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._link._strangers.add(transport)
+
+    def data_received(self, data: bytes) -> None:
+        buffer = self._buffer
+        buffer += data
+        at = 0
+        if not self._admitted and self._transport is not None:
+            if len(buffer) < _SECRET_BYTES:
+                return
+            if not self._link._admit(self._transport, bytes(buffer[:_SECRET_BYTES])):
+                self._transport.abort()
+                return
+            self._admitted, at = True, _SECRET_BYTES
+        while len(buffer) - at >= _HEADER.size:
+            try:
+                size, beside = _sizes(buffer, at)
+            except WireError as error:
+                # Where the next message begins cannot be known any more.
+                self._link.end(error)
+                return
+            start = at + _HEADER.size
+            middle, end = start + size, start + size + max(beside, 0)
+            if len(buffer) < end:
+                break
+            self._link._take(bytes(buffer[start:middle]), bytes(buffer[middle:end]) if beside >= 0 else None)
+            at = end
+        del buffer[:at]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._transport:
+            self._link._strangers.discard(self._transport)
+        if self._admitted:
+            self._link._lost = True
+            self._link.end()
 
 
 class WorkerLink:
     """The engine's end. Satisfies `wire.EngineLink` and `wire.StageLink`."""
 
     def __init__(self, ticket: Ticket) -> None:
+        """Raises OSError when the node is not there."""
         self.frame: bytes | None = None
-        self._context: zmq.Context[Any] = zmq.Context(io_threads=1)
-        self._socket = self._context.socket(zmq.DEALER)
-        _configure(self._socket)
-        if "server_key" in ticket:
-            own = _keys()
-            self._socket.curve_serverkey = ticket["server_key"].encode()
-            self._socket.curve_publickey = own.public.encode()
-            self._socket.curve_secretkey = own.secret.encode()
-        self._socket.connect(ticket["endpoint"])
+        kind, _, where = ticket["endpoint"].partition(":")
+        if kind == "unix":
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.connect(where)
+        else:
+            self._socket = socket.create_connection(("127.0.0.1", int(where)))
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket.sendall(bytes.fromhex(ticket["secret"]))
+        self._buffer = b""
+        """What was read beyond the last message."""
 
     def receive(self, timeout_s: float) -> ToEngine | None:
-        """See `wire.EngineLink`."""
-        if not self._socket.poll(int(timeout_s * 1000)):
+        """See `wire.EngineLink`. Stop when the node has closed its end."""
+        if not self._buffer and not select.select([self._socket], [], [], timeout_s)[0]:
             return None
-        message, self.frame = _split(self._socket.recv_multipart(zmq.NOBLOCK))
-        return decode(message)  # type: ignore[return-value]
+        if not self._fill(_HEADER.size):
+            return Stop()
+        size, beside = _sizes(self._buffer, 0)
+        middle = _HEADER.size + size
+        end = middle + max(beside, 0)
+        if not self._fill(end):
+            return Stop()
+        buffer, self._buffer = self._buffer, self._buffer[end:]
+        self.frame = buffer[middle:end] if beside >= 0 else None
+        return decode(buffer[_HEADER.size : middle])  # type: ignore[return-value]
+
+    def _fill(self, size: int) -> bool:
+        """Read until `size` bytes are there; False at the end of the stream. A node writes whole messages."""
+        if len(self._buffer) >= size:
+            return True
+        pieces, count = [self._buffer], len(self._buffer)
+        while count < size:
+            piece = self._socket.recv(max(_READ, size - count))
+            if not piece:
+                return False
+            pieces.append(piece)
+            count += len(piece)
+        self._buffer = b"".join(pieces)
+        return True
 
     def send(self, message: FromEngine, frame: Buffer | None = None) -> None:
-        """See `wire.StageLink`."""
-        self._socket.send_multipart(_join(encode(message), frame))
+        """See `wire.StageLink`. Waits while the node does not read. Raises ConnectionError when it is gone."""
+        self._socket.sendall(b"".join(_pieces(encode(message), frame)))
 
-    def close(self) -> None:
-        """Close after what was sent has left, within a second."""
-        self._socket.close(linger=1000)
-        self._context.term()
-
-
-def _split(frames: list[bytes]) -> tuple[bytes, bytes | None]:
-    if len(frames) > 2:
-        raise WireError(f"{len(frames)} frames where a message and one beside it are the most")
-    return frames[0], frames[1] if len(frames) == 2 else None
+    def close(self, linger_s: float = LINGER_S) -> None:
+        """Close when the node has read all, or after `linger_s`: what it writes meanwhile must not cost it that."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+            self._socket.settimeout(linger_s)
+            while linger_s and self._socket.recv(_READ):
+                pass
+        self._socket.close()
 
 
-def _join(message: bytes, frame: Buffer | None) -> list[Buffer]:
+def _pieces(message: bytes, frame: Buffer | None) -> tuple[Buffer, ...]:
     if frame is None:
-        return [message]
+        return _HEADER.pack(len(message), _NO_FRAME), message
     size = memoryview(frame).nbytes
     if size > MAX_TENSOR:
         raise WireError(f"{size} bytes beside a message, where {MAX_TENSOR} are the limit; send fewer rows")
-    return [message, frame]
+    return _HEADER.pack(len(message), size), message, frame
 
 
-def _configure(socket: Any) -> None:
-    socket.linger = 0
-    socket.sndhwm = socket.rcvhwm = _HIGH_WATER
-    socket.maxmsgsize = max(MAX_FRAME, MAX_TENSOR) + _CURVE_OVERHEAD
+def _sizes(buffer: Buffer, at: int) -> tuple[int, int]:
+    """Bytes of the message whose header is at `at`, and of the frame beside it: -1 without. Raises WireError."""
+    size, beside = _HEADER.unpack_from(buffer, at)
+    if size > MAX_FRAME or (beside != _NO_FRAME and beside > MAX_TENSOR):
+        raise WireError(f"a message of {size} bytes with {beside} beside it; {MAX_FRAME} and {MAX_TENSOR} are the most")
+    return size, -1 if beside == _NO_FRAME else beside
