@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,8 +27,9 @@ from swarmcpp.models.manifest import Manifest
 from swarmcpp.models.slicestore import SliceFiles
 from swarmcpp.models.slicing import check_sliceable
 from swarmcpp.node import open_arena
+from swarmcpp.peerwire import PassPart
 from swarmcpp.route.passes import PassTimes
-from swarmcpp.stages import SEQUENCE_BYTES, SequencePart, StageRef
+from swarmcpp.stages import SEQUENCE_BYTES, StageRef
 from swarmcpp.stagesupervisor import StageSupervisor
 from swarmcpp.swarm.stagecall import StageBounds
 from swarmcpp.swarming.pipelines import OwnStage
@@ -111,7 +112,12 @@ class LayerHost:
         def open_cache(layout: KvLayout) -> PrefixCache | None:
             return open_stage_cache(self._config, model, (first, last), layout, hardware)
 
-        supervisor = StageSupervisor(options, on_change=self._on_progress, on_pass=times.add, open_cache=open_cache)
+        def stored(keys: Sequence[bytes]) -> None:
+            self._swarm.copies.stored(stage, keys)
+
+        supervisor = StageSupervisor(
+            options, on_change=self._on_progress, on_pass=times.add, on_stored=stored, open_cache=open_cache
+        )
         stage = self.stages[first, last] = OwnStage(ref, model.id, supervisor, times)
         try:
             supervisor.start()
@@ -131,6 +137,7 @@ class LayerHost:
         """Unload [first, last); what runs there is lost to its heads, which find another chain."""
         stage = self.stages.pop((first, last))
         self._swarm.pipelines.drop(stage.ref)
+        self._swarm.copies.drop(stage.ref)
         await stage.supervisor.close()
 
     @property
@@ -178,7 +185,7 @@ async def measure(stage: StageSupervisor, n_embd: int) -> None:
         await stage.resume(name, 1, 0)
 
     async def decode(count: int) -> None:
-        parts = tuple(SequencePart(name, 1, 0, 1, output=True) for name in names[:count])
+        parts = tuple(PassPart(name, 1, 0, 1, output=True) for name in names[:count])
         await stage.run(parts, "f32", bytes(4 * n_embd * count), "f32")
 
     await decode(1)
@@ -187,7 +194,7 @@ async def measure(stage: StageSupervisor, n_embd: int) -> None:
         await decode(count)
         if time.monotonic() > until:
             break
-    tile = SequencePart(names[0], 1, 0, TILE_ROWS, output=True)
+    tile = PassPart(names[0], 1, 0, TILE_ROWS, output=True)
     await stage.run((tile,), "f32", bytes(4 * n_embd * TILE_ROWS), "f32")
     for name in names:
         await stage.close_sequence(name)

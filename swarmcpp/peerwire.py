@@ -6,13 +6,14 @@ Gossip is one frame on a node's PUB socket. Sizes are bounded here, and checked 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Annotated, Final, Protocol
 
 import msgspec
 from msgspec import Meta
 
 from swarmcpp.core import GenerateRequest
+from swarmcpp.errors import SwarmError
 from swarmcpp.peers import Address, Capability, Load, TokenPart
 from swarmcpp.wire import Codec, RowEncoding
 
@@ -132,7 +133,13 @@ class ResumeSequence(msgspec.Struct, frozen=True, tag="resume-sequence"):
 
 
 class PassPart(msgspec.Struct, frozen=True, array_like=True):
-    """See `stages.SequencePart`."""
+    """Rows of one sequence in a pass: `count` from position `start`; what a stage has from there on it forgets first.
+
+    `output`: the tail samples the token that follows the last of them. `epoch`: that of the sequence's last `open`;
+    rows of an earlier one are refused. `place`: the number that the sequence should have among those of the stage, -1
+    for any. Those of one pass should be neighbours, as llama.cpp reads all weights once for each run of neighbours;
+    a stage moves KV for it, unless the place belongs to another.
+    """
 
     sequence: BlockId
     epoch: int
@@ -170,6 +177,16 @@ class CloseSequence(msgspec.Struct, frozen=True, tag="close-sequence"):
     fingerprint: Digest
     stage: Hop
     sequence: BlockId
+
+
+class OfferBlocks(msgspec.Struct, frozen=True, tag="offer-blocks"):
+    """Node `source` has the blocks of `keys`, a chain from its beginning, for layers that `stage` has too; that may
+    fetch them. Answered by Pong at once."""
+
+    fingerprint: Digest
+    stage: Hop
+    source: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+    keys: Annotated[tuple[Digest, ...], Meta(min_length=1, max_length=MAX_IDS)]
 
 
 # -- replies -------------------------------------------------------------------------------------------------------
@@ -280,7 +297,7 @@ class Gossip(msgspec.Struct, frozen=True, tag="gossip"):
     news: Alive | PrefixCacheAnnounce | Leaving | NodeCapability
 
 
-AskStage = OpenSequence | ResumeSequence | RunStage | StoreSequence | CloseSequence
+AskStage = OpenSequence | ResumeSequence | RunStage | StoreSequence | CloseSequence | OfferBlocks
 Ask = Hello | Ping | Generate | Cancel | FetchBlocks | ListBlocks | GetManifest | GetChunk | AskStage
 StageReply = SequenceReady | PassReply
 Reply = Welcome | Pong | Part | KeepAlive | Blocks | BlockPage | ManifestReply | ChunkReply | StageReply | Failure
@@ -289,6 +306,10 @@ PeerMessage = Ask | Reply | Gossip
 _codec: Codec[PeerMessage] = Codec(PeerMessage, PROTOCOL, MAX_MESSAGE)
 encode = _codec.encode
 decode = _codec.decode
+
+
+AskDone = Callable[["Reply | SwarmError", "list[memoryview]"], None]
+"""What is called once with the end of a request. It must not raise."""
 
 
 class Caller(Protocol):
@@ -302,6 +323,11 @@ class Caller(Protocol):
         Raises PeerTimeout, PeerLost (the link broke), QueueFull (too many requests are under way), WireError, or the
         error that the peer answered with.
         """
+        ...
+
+    def begin(self, message: Ask, payload: Sequence[bytes | memoryview], done: AskDone, *, timeout_s: float) -> None:
+        """The same without a task: `done` is called with the reply and its frames, or with the error, and not before
+        `begin` has returned. Raises PeerLost, QueueFull and WireError when nothing can be sent."""
         ...
 
     def stream(self, message: Ask, *, silence_s: float) -> AsyncGenerator[Reply, None]:

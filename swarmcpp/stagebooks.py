@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from swarmcpp.core import GenerateRequest
+from swarmcpp.errors import SwarmError
 from swarmcpp.kv.cache import Lease
 
 Item = TypeVar("Item")
@@ -21,6 +23,10 @@ class Computed(NamedTuple):
     rows: bytes | None
     compute_s: float
     queue_s: float
+
+
+ComputeDone = Callable[[Computed | SwarmError], None]
+"""What is called with the end of one stage's part of a pass. It must not raise."""
 
 
 @dataclass(slots=True, eq=False)
@@ -54,12 +60,12 @@ class Placing:
 
 @dataclass(slots=True)
 class Pass:
-    """A Run that waits for its answer; `spans` are (sequence, start, count)."""
+    """A Run that waits for its answer; `spans` are (sequence, start, count). `done` is called once."""
 
     spans: list[tuple[Opened, int, int]]
     n_bytes: int
     begun: float
-    future: asyncio.Future[Computed]
+    done: ComputeDone
 
 
 @dataclass(slots=True)
@@ -67,6 +73,8 @@ class Waiting:
     """All that one engine process owes an answer for; by run, or by serial in the order of the messages."""
 
     passes: dict[int, Pass] = field(default_factory=dict)
+    n_bytes: int = 0
+    """Of rows in `passes`."""
     placing: dict[int, deque[Placing]] = field(default_factory=dict)
     storing: dict[int, deque[asyncio.Future[None]]] = field(default_factory=dict)
 
@@ -76,10 +84,10 @@ class Waiting:
         return len(self.passes) + sum(map(len, self.placing.values())) + sum(map(len, self.storing.values()))
 
     def futures(self) -> list[asyncio.Future[Any]]:
-        """Those who wait for them."""
+        """Those who wait for the end of anything but a pass."""
         placing = [each.future for queue in self.placing.values() for each in queue]
         storing = [future for queue in self.storing.values() for future in queue]
-        return [*(each.future for each in self.passes.values()), *placing, *storing]
+        return [*placing, *storing]
 
 
 def next_of(queues: dict[int, deque[Item]], serial: int) -> Item | None:

@@ -6,12 +6,14 @@ gets token ids back. A *stage* keeps the KV of its layers for every sequence tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from swarmcpp.core import GenerateRequest
+from swarmcpp.errors import StageFailed
 from swarmcpp.peers import NodeId
+from swarmcpp.peerwire import PassPart
 from swarmcpp.wire import RowEncoding
 
 SEQUENCE_BYTES = 16
@@ -35,29 +37,11 @@ class StageRef:
 
 
 @dataclass(frozen=True, slots=True)
-class SequencePart:
-    """Rows of one sequence in a pass: `count` from position `start`; what a stage has from there on it forgets first.
-
-    `output`: the tail samples the token that follows the last of them. `epoch`: that of the sequence's last `open`;
-    rows of an earlier one are refused. `place`: the number that the sequence should have among those of the stage, -1
-    for any. Those of one pass should be neighbours, as llama.cpp reads all weights once for each run of neighbours;
-    a stage moves KV for it, unless the place belongs to another.
-    """
-
-    sequence: bytes
-    epoch: int
-    start: int
-    count: int
-    output: bool
-    place: int = -1
-
-
-@dataclass(frozen=True, slots=True)
 class Pass:
     """One pass over a chain: `rows` of all parts, in their order, encoded as `encoding`. `onward`: the stages after
     the one that is asked, and `wire` is how rows travel between those."""
 
-    parts: tuple[SequencePart, ...]
+    parts: tuple[PassPart, ...]
     encoding: RowEncoding
     rows: bytes | memoryview
     onward: tuple[StageRef, ...] = ()
@@ -85,12 +69,17 @@ class Passed:
     times: tuple[StageTime, ...]
 
 
+PassDone = Callable[[Passed | StageFailed], None]
+"""What is called once with the end of a pass; a failure names the node that failed and has the code of the error there.
+It must not raise."""
+
+
 class StageCaller(Protocol):
-    """One stage, as a head drives it. Used on the event loop's thread. Calls of `run` keep their order.
+    """One stage, as a head drives it. Used on the event loop's thread. Passes keep the order in which they are begun.
 
     Raises, wherever something is wrong: StageLost (the sequence is not known there, has another epoch, or a hole before
     `start`: open it again), QueueFull (`open`: no sequence is free), PeerLost, PeerTimeout, NotReady, EngineFailed,
-    WireError. `run` raises StageFailed only, which names the node that failed and has the code of the error there.
+    WireError. Passes raise nothing.
     """
 
     async def open(
@@ -108,8 +97,14 @@ class StageCaller(Protocol):
         """Bring the first `n_tokens` tokens into the sequence's KV; how many are there now (fewer: blocks were bad)."""
         ...
 
-    async def run(self, work: Pass) -> Passed:
-        """Compute a pass here and at the stages onward."""
+    def begin(self, work: Pass, done: PassDone, computed: Callable[[], None] = lambda: None) -> None:
+        """Compute a pass here and at the stages onward, then call `done`, but never before `begin` has returned.
+
+        `computed` is called once, or not at all, when this node has computed what was asked of it (a stage of a peer:
+        nothing) and has sent it on.
+
+        No coroutine: each pass of one row goes through this twice on every node, and tasks took longer than all else.
+        """
         ...
 
     async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:

@@ -15,8 +15,9 @@ from swarmcpp.engineprocess import EngineProcess, ProcessOptions
 from swarmcpp.errors import EngineFailed, NotReady, QueueFull, StageLost, SwarmError, WireError, revive
 from swarmcpp.incarnation import Incarnation
 from swarmcpp.kv.keys import KEY_BYTES
-from swarmcpp.stagebooks import Computed, Opened, Pass, Placing, Waiting, next_of
-from swarmcpp.stages import SEQUENCE_BYTES, SequencePart
+from swarmcpp.peerwire import PassPart
+from swarmcpp.stagebooks import Computed, ComputeDone, Opened, Pass, Placing, Waiting, next_of
+from swarmcpp.stages import SEQUENCE_BYTES
 from swarmcpp.wire import (
     BlocksStored,
     Buffer,
@@ -57,13 +58,16 @@ class StageSupervisor(EngineProcess):
         options: EngineOptions,
         *,
         on_pass: Callable[[int, float], None] = lambda _rows, _seconds: None,
+        on_stored: Callable[[Sequence[bytes]], None] = lambda _keys: None,
         clock: Clock = time.monotonic,
         **how: Unpack[ProcessOptions],
     ) -> None:
         """`options.stage` must be set. `on_pass` is told rows and seconds of the calls of the engine that can be
-        compared: one row of each of some neighbours, or prompts of a tile or more."""
+        compared: one row of each of some neighbours, or prompts of a tile or more. `on_stored` is told the keys of a
+        chain of which some blocks have just come into the arena."""
         super().__init__(options, **how)
         self._on_pass = on_pass
+        self._on_stored = on_stored
         self._clock = clock
         self._sequences: dict[bytes, Opened] = {}
         self._waiting = Waiting()
@@ -138,32 +142,48 @@ class StageSupervisor(EngineProcess):
             return 0
         return await placing.future
 
-    async def run(
-        self, parts: Sequence[SequencePart], encoding: RowEncoding, rows: Buffer, reply: RowEncoding
-    ) -> Computed:
-        """Compute rows of all parts here; those that come out are encoded as `reply`.
+    def begin(
+        self, parts: Sequence[PassPart], encoding: RowEncoding, rows: Buffer, reply: RowEncoding, done: ComputeDone
+    ) -> None:
+        """Compute rows of all parts here, then call `done`; those that come out are encoded as `reply`.
 
-        Reaches the engine in the order of the calls; any number may be under way. Raises StageLost, WireError,
-        QueueFull (too much under way), DecodeFailed (values that are not finite came out), EngineFailed.
+        Reaches the engine in the order of the calls, which is that of the ends of all that succeed; any number may be
+        under way. `done` is told StageLost, WireError, DecodeFailed (values that are not finite came out), NotReady
+        (this node ends) and EngineFailed.
+        Raises StageLost, WireError, QueueFull (too much under way), NotReady, EngineFailed.
         """
-        spans = [(self._find(part.sequence, part.epoch), part.start, part.count) for part in parts]
-        if not all(opened.placed for opened, _, _ in spans):
-            raise StageLost("a sequence that was opened and not resumed; resume it first")
-        n_bytes = memoryview(rows).nbytes
+        now, spans, wanted = self._clock(), [], []
+        for part in parts:
+            opened = self._find(part.sequence, part.epoch, now)
+            if not opened.placed:
+                raise StageLost("a sequence that was opened and not resumed; resume it first")
+            spans.append((opened, part.start, part.count))
+            wanted.append(RunPart(opened.serial, part.start, part.count, part.output, part.place))
+        n_bytes = rows.nbytes if isinstance(rows, memoryview) else len(rows)
         self._check_room(n_bytes)
-        wanted = tuple(
-            RunPart(opened.serial, start, count, part.output, part.place)
-            for (opened, start, count), part in zip(spans, parts, strict=True)
-        )
-        self._runs += 1
-        run = self._runs
-        self._send(Run(run=run, parts=wanted, encoding=encoding, reply=reply), rows)
-        future: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
-        self._waiting.passes[run] = Pass(spans, n_bytes, self._clock(), future)
+        run = self._runs + 1
+        self._send(Run(run=run, parts=tuple(wanted), encoding=encoding, reply=reply), rows)
+        self._runs = run
+        self._waiting.passes[run] = Pass(spans, n_bytes, now, done)
+        self._waiting.n_bytes += n_bytes
         for opened, start, _ in spans:
             opened.under_way += 1
             opened.length = min(opened.length, start)
             opened.exact = opened.exact and encoding == "f32"
+
+    async def run(self, parts: Sequence[PassPart], encoding: RowEncoding, rows: Buffer, reply: RowEncoding) -> Computed:
+        """`begin`, waited for. Raises what `begin` tells."""
+        future: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
+
+        def done(result: Computed | SwarmError) -> None:
+            if future.done():
+                return
+            if isinstance(result, SwarmError):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+        self.begin(parts, encoding, rows, reply, done)
         return await future
 
     async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:
@@ -186,6 +206,8 @@ class StageSupervisor(EngineProcess):
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.storing.setdefault(opened.serial, deque()).append(future)
         await future
+        if self.cache and (held := self.cache.held_keys(keys)):
+            self._on_stored(keys[:held])
 
     async def close_sequence(self, sequence: bytes) -> None:
         """Give the sequence back. Unknown ones are ignored."""
@@ -196,17 +218,21 @@ class StageSupervisor(EngineProcess):
     # -- sequences -------------------------------------------------------------------------------------------------
 
     def _engine(self) -> Incarnation:
-        if self._incarnation and self.status.state == "ready":
-            return self._incarnation
+        incarnation = self._incarnation
+        if incarnation and self.status.state == "ready":
+            if not incarnation.link.ended.done():
+                return incarnation
+            # Its end is seen before its exit: who is told so now need not find out by asking for more.
+            raise NotReady("the engine of this stage has died and is started again")
         detail = self.status.detail or "the engine of this stage is starting"
         raise EngineFailed(detail) if self.status.state == "failed" else NotReady(detail)
 
-    def _find(self, sequence: bytes, epoch: int) -> Opened:
+    def _find(self, sequence: bytes, epoch: int, now: float | None = None) -> Opened:
         opened = self._sequences.get(sequence)
         if opened is None or opened.epoch != epoch:
             state = f"open in epoch {opened.epoch}" if opened else "not open here"
             raise StageLost(f"a sequence that is {state} was asked for in epoch {epoch}; open it again")
-        opened.last_used = self._clock()
+        opened.last_used = self._clock() if now is None else now
         return opened
 
     def _check_open(self, sequence: bytes, keys: Sequence[bytes], n_tokens: int) -> None:
@@ -222,7 +248,7 @@ class StageSupervisor(EngineProcess):
             raise WireError(f"{len(keys)} keys of blocks; at most {most} of {KEY_BYTES} bytes each are right")
 
     def _check_room(self, n_bytes: int) -> None:
-        total = n_bytes + sum(each.n_bytes for each in self._waiting.passes.values())
+        total = n_bytes + self._waiting.n_bytes
         if self._waiting.count >= MAX_UNDER_WAY or total > MAX_BYTES_UNDER_WAY:
             raise QueueFull(
                 f"{self._waiting.count} messages with {total} bytes of rows wait for this stage, where {MAX_UNDER_WAY} "
@@ -266,10 +292,10 @@ class StageSupervisor(EngineProcess):
 
     # -- messages --------------------------------------------------------------------------------------------------
 
-    def _handle(self, incarnation: Incarnation, message: FromEngine) -> None:
+    def _handle(self, incarnation: Incarnation, message: FromEngine, frame: bytes | None) -> None:
         match message:
             case Ran():
-                self._on_ran(message, incarnation.link.frame)
+                self._on_ran(message, frame)
             case Placed():
                 self._on_placed(message)
             case BlocksStored():
@@ -282,24 +308,22 @@ class StageSupervisor(EngineProcess):
         found = self._waiting.passes.pop(ran.run, None)
         if found is None:
             return
+        self._waiting.n_bytes -= found.n_bytes
         now = self._clock()
         for opened, start, count in found.spans:
             opened.under_way -= 1
             opened.last_used = now
             opened.length = min(opened.length, start) if ran.code else start + count
-        if not ran.code:
-            self._deaths = 0
-            rows = sum(count for _, _, count in found.spans)
-            # The end of a prompt has fewer rows for the output head than as many streams that decode.
-            if ran.neighbours and (rows == len(found.spans) or rows >= TILE_ROWS):
-                self._on_pass(rows, ran.seconds)
-        if found.future.done():
-            return
         if ran.code:
-            found.future.set_exception(revive(ran.code, ran.message))
-        else:
-            waited = max(0.0, now - found.begun - ran.seconds)
-            found.future.set_result(Computed(ran.ids, frame, ran.seconds, waited))
+            found.done(revive(ran.code, ran.message))
+            return
+        # First of all: the next stage waits for it.
+        found.done(Computed(ran.ids, frame, ran.seconds, max(0.0, now - found.begun - ran.seconds)))
+        self._deaths = 0
+        rows = sum(count for _, _, count in found.spans)
+        # The end of a prompt has fewer rows for the output head than as many streams that decode.
+        if ran.neighbours and (rows == len(found.spans) or rows >= TILE_ROWS):
+            self._on_pass(rows, ran.seconds)
 
     def _on_placed(self, placed: Placed) -> None:
         found = next_of(self._waiting.placing, placed.serial)
@@ -339,6 +363,8 @@ class StageSupervisor(EngineProcess):
 
     def _fail_all(self, error: SwarmError) -> None:
         waiting, self._waiting = self._waiting, Waiting()
+        for each in waiting.passes.values():
+            each.done(error)
         for future in waiting.futures():
             if not future.done():
                 future.set_exception(error)

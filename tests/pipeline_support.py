@@ -70,6 +70,7 @@ class ThreadStage:
         self.opening: Callable[[], None] = lambda: None
         """Called at each open; may raise."""
         self.resumed: list[int] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def _on_thread(self, work: Callable[..., Answer], *args: object) -> Answer:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
@@ -133,6 +134,21 @@ class ThreadStage:
         if held is None or held.epoch != epoch:
             raise StageLost(f"{self.ref.node} does not know the sequence, or it has another epoch")
         return held
+
+    def begin(
+        self, work: Pass, done: Callable[[Passed | StageFailed], None], computed: Callable[[], None] = lambda: None
+    ) -> None:
+        async def run() -> None:
+            try:
+                result: Passed | StageFailed = await self.run(work)
+            except StageFailed as error:
+                result = error
+            done(result)
+
+        task = asyncio.create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        asyncio.get_running_loop().call_soon(computed)
 
     async def run(self, work: Pass) -> Passed:
         try:

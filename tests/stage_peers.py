@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,9 +12,9 @@ import numpy.typing as npt
 from swarm_support import Peers, pong
 
 from swarmcpp.core import GenerateRequest, Limits
-from swarmcpp.errors import StageLost
-from swarmcpp.peerwire import Ask, AskStage
-from swarmcpp.stages import SequencePart, StageRef
+from swarmcpp.errors import StageFailed, StageLost, SwarmError
+from swarmcpp.peerwire import Ask, AskStage, PassPart, RunStage
+from swarmcpp.stages import Pass, Passed, StageCaller, StageRef
 from swarmcpp.swarm.endpoint import Endpoint, Responder
 from swarmcpp.swarm.identity import new_node_keys, node_id
 from swarmcpp.swarm.peerlink import PeerLink
@@ -49,19 +49,20 @@ def token(rows: Rows) -> int:
 
 @dataclass
 class SumStage:
-    """A `StageHost`. Its passes end in any order, though they begin in the order of the calls."""
+    """A `StageHost`. Its passes end a while after they began, in their order."""
 
     ref: StageRef
     n_embd: int = N_EMBD
     chance: random.Random = field(default_factory=lambda: random.Random(1))
     kv: dict[bytes, tuple[int, Rows]] = field(default_factory=dict)
     """By sequence: epoch and all rows so far."""
-    begun: list[tuple[SequencePart, ...]] = field(default_factory=list)
+    begun: list[tuple[PassPart, ...]] = field(default_factory=list)
     encodings: list[tuple[RowEncoding, RowEncoding]] = field(default_factory=list)
     calls: list[tuple[object, ...]] = field(default_factory=list)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None
     """What every call fails with."""
+    last: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -87,20 +88,30 @@ class SumStage:
         self.calls.append(("resume", sequence, epoch, n_tokens))
         return min(len(self._check(sequence, epoch)), n_tokens)
 
-    async def run(
-        self, parts: Sequence[SequencePart], encoding: RowEncoding, rows: bytes | memoryview, reply: RowEncoding
-    ) -> tuple[tuple[int, ...], bytes | None, float, float]:
+    def begin(
+        self,
+        parts: Sequence[PassPart],
+        encoding: RowEncoding,
+        rows: bytes | memoryview,
+        reply: RowEncoding,
+        done: Callable[[tuple[tuple[int, ...], bytes | None, float, float] | SwarmError], None],
+    ) -> None:
         self.begun.append(tuple(parts))
         self.encodings.append((encoding, reply))
         ids, out = self._compute(parts, np.frombuffer(rows, np.float32).reshape(-1, self.n_embd))
-        await self.gate.wait()
-        for _ in range(self.chance.randrange(20)):
-            await asyncio.sleep(0)
-        if self.ref.is_tail:
-            return tuple(ids), None, 0.5, 0.25
-        return (), out.tobytes(), 0.5, 0.25
+        before = self.last
 
-    def _compute(self, parts: Sequence[SequencePart], rows: Rows) -> tuple[list[int], Rows]:
+        async def end() -> None:
+            await self.gate.wait()
+            for _ in range(self.chance.randrange(20)):
+                await asyncio.sleep(0)
+            if before:
+                await asyncio.wait((before,))
+            done((tuple(ids), None, 0.5, 0.25) if self.ref.is_tail else ((), out.tobytes(), 0.5, 0.25))
+
+        self.last = asyncio.create_task(end())
+
+    def _compute(self, parts: Sequence[PassPart], rows: Rows) -> tuple[list[int], Rows]:
         ids, results, at = [], [], 0
         for part in parts:
             known = self._check(part.sequence, part.epoch)
@@ -154,11 +165,16 @@ async def open_nodes(peers: Peers, count: int) -> list[Node]:
             message: Ask, payload: list[memoryview], respond: Responder, service: StageService = service
         ) -> None:
             if isinstance(message, AskStage):
-                await service.answer(message, payload, respond)
+                await service.answer(message, respond)
             else:
                 await pong(message, payload, respond)
 
-        endpoint, address = await peers.endpoint(handle, keys=keys)
+        def begin(message: Ask, payload: list[memoryview], respond: Responder, service: StageService = service) -> bool:
+            if isinstance(message, RunStage):
+                service.begin(message, payload, respond)
+            return isinstance(message, RunStage)
+
+        endpoint, address = await peers.endpoint(handle, keys=keys, begin=begin)
         nodes.append(Node(node_id(keys.public), endpoint, links, service))
         addresses.append(address)
     for node in nodes:
@@ -166,3 +182,18 @@ async def open_nodes(peers: Peers, count: int) -> list[Node]:
             if other is not node:
                 node.links[other.id] = peers.link(address)
     return nodes
+
+
+async def run_pass(caller: StageCaller, work: Pass) -> Passed:
+    """A pass, waited for."""
+    future: asyncio.Future[Passed] = asyncio.get_running_loop().create_future()
+
+    def done(result: Passed | StageFailed) -> None:
+        if isinstance(result, Passed):
+            future.set_result(result)
+        else:
+            future.set_exception(result)
+
+    caller.begin(work, done)
+    assert not future.done(), "not before `begin` has returned"
+    return await future

@@ -13,7 +13,7 @@ import zmq.asyncio
 
 from swarmcpp.peers import Address
 from swarmcpp.peerwire import Ask, Gossip, Ping, Pong
-from swarmcpp.swarm.endpoint import Endpoint, Handler, Limits, Responder
+from swarmcpp.swarm.endpoint import Beginner, Endpoint, Handler, Limits, Responder
 from swarmcpp.swarm.identity import KeyPair, SwarmKey, new_node_keys
 from swarmcpp.swarm.peerlink import PeerLink
 
@@ -44,11 +44,17 @@ class Peers:
         self._closing: list[Callable[[], Awaitable[None]]] = []
 
     async def endpoint(
-        self, handler: Handler = pong, *, keys: KeyPair | None = None, port: int = 0, limits: Limits | None = None
+        self,
+        handler: Handler = pong,
+        *,
+        keys: KeyPair | None = None,
+        port: int = 0,
+        limits: Limits | None = None,
+        begin: Beginner = lambda _ask, _payload, _respond: False,
     ) -> tuple[Endpoint, Address]:
         """A server, and where it is."""
         keys = keys or new_node_keys()
-        endpoint = Endpoint(keys, self.key.member.public, handler, limits=limits)
+        endpoint = Endpoint(keys, self.key.member.public, handler, begin=begin, limits=limits)
         self._closing.append(endpoint.aclose)
         await endpoint.listen([HOST], port)
         return endpoint, Address(HOST, endpoint.port, keys.public)

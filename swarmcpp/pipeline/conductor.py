@@ -158,7 +158,7 @@ class Conductor:
             raise Cancelled(f"the request took longer than its limit of {request.deadline_s:g} s") from None
 
     async def close(self) -> None:
-        """End all requests and passes, and close what is open on stages as far as they answer soon."""
+        """End all requests, and close what is open on stages as far as they answer soon."""
         self._closed = True
         for run in self._runs.values():
             run.tell(Broken(StageFailed("this node ends"), own=True))
@@ -234,7 +234,7 @@ class Conductor:
             except (NotReady, StageFailed) as error:
                 if isinstance(error, StageFailed):
                     self._note(run, error, own=error.reason != NotReady.code)
-                    if error.reason != NotReady.code:
+                    if error.reason != NotReady.code or self._finder.has_other():
                         continue
                 now = self._clock()
                 patient_until = now + PATIENCE_S if patient_until is None else patient_until
@@ -307,7 +307,7 @@ class Conductor:
     # -- lanes.LaneWatch -------------------------------------------------------------------------------------------
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """See `LaneWatch`."""
+        """Run `work` as a task that ends with the head."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
@@ -320,14 +320,19 @@ class Conductor:
 
     def answered(self, run: Run) -> None:
         """See `LaneWatch`."""
-        if keys := self._new_keys(run):
+        if keys := self._new_keys(run, len(run.tokens) - 1):
+            self.spawn(store_all(run.chain, self._around.caller, run.sequence, run.epoch, keys))
+
+    def grown(self, run: Run, n_tokens: int) -> None:
+        """See `LaneWatch`."""
+        if self._around.copies(run.chain) and (keys := self._new_keys(run, n_tokens)):
             self.spawn(store_all(run.chain, self._around.caller, run.sequence, run.epoch, keys))
 
     def ended(self, run: Run) -> None:
         """See `LaneWatch`."""
         # Before its reader takes the last token: whoever waits need not wait for that.
         self._unseat(run)
-        self._give_back(run, self._new_keys(run))
+        self._give_back(run, self._new_keys(run, len(run.tokens) - 1))
 
     def lost(self, lane: Lane) -> None:
         """See `LaneWatch`."""
@@ -341,8 +346,9 @@ class Conductor:
         else:
             self._prefill.add(rows, seconds)
 
-    def _new_keys(self, run: Run) -> list[bytes]:
-        """Keys of all full blocks whose KV is there (not that of the newest token), if some are not stored yet."""
-        keys = self._around.keys(run.tokens[:-1], run.request.cache_salt)
+    def _new_keys(self, run: Run, n_tokens: int) -> list[bytes]:
+        """Keys of the full blocks of the first `n_tokens`, whose KV is there (that of the newest token never is), if
+        some are not stored yet."""
+        keys = self._around.keys(run.tokens[:n_tokens], run.request.cache_salt)
         known, run.stored = run.stored, len(keys)
         return keys if len(keys) > known else []

@@ -42,12 +42,19 @@ class ChainFinder:
             if self._found_s is None or self._clock() - self._found_s > PATIENCE_S:
                 raise
 
+    def has_other(self) -> bool:
+        """Whether there is a chain without any node that failed a moment ago."""
+        avoided = self._avoided()
+        try:
+            chain = self._ask(Ask("", 1, 1, 0, avoided))
+        except NotReady:
+            return False
+        return not any(stage.node in avoided for stage in chain)
+
     def find(self, run: Run, streams: int) -> Chain:
         """The best chain for a run, beside `streams` others. Raises NotReady."""
-        now = self._clock()
-        self._avoid = {node: until for node, until in self._avoid.items() if until > now}
         answer = run.request.max_tokens - len(run.request.generated) - run.sampled
-        ask = Ask(run.request.id, len(run.tokens), max(1, answer), streams, frozenset(self._avoid))
+        ask = Ask(run.request.id, len(run.tokens), max(1, answer), streams, self._avoided())
         try:
             chain = self._ask(ask)
         except NotReady:
@@ -59,6 +66,11 @@ class ChainFinder:
             route = ">".join(f"{stage.node}:{stage.first}-{stage.last}" for stage in chain)
             diag(logger, "Parallax", request=run.request.id, route=route)
         return chain
+
+    def _avoided(self) -> frozenset[NodeId]:
+        now = self._clock()
+        self._avoid = {node: until for node, until in self._avoid.items() if until > now}
+        return frozenset(self._avoid)
 
     def failed(self, error: StageFailed) -> None:
         """Avoid a node for a while; not one that only lost some KV, which is as good as before."""

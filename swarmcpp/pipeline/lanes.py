@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
-from typing import Any, Protocol
+from typing import Protocol
 
 from swarmcpp.core import Chunk, Clock
 from swarmcpp.engine.loop import WORTH_A_MOVE
 from swarmcpp.engine.scheduler import Policy, Scheduler, SlotView
-from swarmcpp.errors import StageFailed, StageLost, SwarmError
+from swarmcpp.errors import PeerTimeout, StageFailed, StageLost
 from swarmcpp.llama.rows import encode_rows
+from swarmcpp.peerwire import PassPart
 from swarmcpp.pipeline.plan import expected_s, limit_s, regroup
 from swarmcpp.pipeline.runs import Broken, Chain, ModelFacts, PipelinePolicy, Run, Surroundings
-from swarmcpp.stages import Pass, Passed, SequencePart, StageRef
+from swarmcpp.stages import Pass, Passed, StageRef
 from swarmcpp.telemetry import diag
 from swarmcpp.wire import RowEncoding
 
@@ -26,6 +28,13 @@ logger = logging.getLogger(__name__)
 RECOUNT_S = 2.0
 """For so long a number of micro-batches stays, unless that of streams changes: each cut costs a wait."""
 
+TELL_WITHIN_S = 0.02
+"""Readers get their tokens when the first stage has computed the next pass, as its core has nothing to do then, but no
+later than this."""
+
+SENT_S = 0.001
+"""After this time what was just sent has left. ZeroMQ's thread gets the core only when the loop's has nothing to do."""
+
 FADING = 0.9
 """Of what the longest pass lately counts, at each later one."""
 
@@ -33,12 +42,12 @@ FADING = 0.9
 class LaneWatch(Protocol):
     """What a lane tells the head."""
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run `work` as a task that starts after those spawned before, and ends with the head."""
-        ...
-
     def answered(self, run: Run) -> None:
         """The first token since `run` was opened came: the KV of all tokens before it is there."""
+        ...
+
+    def grown(self, run: Run, n_tokens: int) -> None:
+        """The KV of the first `n_tokens` of `run` is there, and with it that of another block."""
         ...
 
     def ended(self, run: Run) -> None:
@@ -54,7 +63,7 @@ class LaneWatch(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Flight:
     """A pass on its way: each run with its epoch and rows."""
 
@@ -62,6 +71,10 @@ class _Flight:
     decode: bool
     begun: float
     expected_s: float
+    over: asyncio.Future[None]
+    timer: asyncio.TimerHandle | None = None
+    past_first: bool = False
+    """The first stage has computed it, if that is on this node."""
 
     @property
     def rows(self) -> int:
@@ -81,6 +94,7 @@ class Lane:
         clock: Clock,
     ) -> None:
         self.chain = chain
+        self._first, self._onward = around.caller(chain[0]), chain[1:]
         self.runs: dict[int, Run] = {}
         """By slot."""
         self.groups: list[list[int]] = []
@@ -91,17 +105,25 @@ class Lane:
         self._watch = watch
         self._clock = clock
         self._persistent = policy.persistent
+        self._copy_every = policy.copy_every
         self._encodings: tuple[RowEncoding, RowEncoding] = ("f32", "f32")
         self._window = len(chain) + 1 if policy.persistent else 1
         # A decode row waits behind every chunk that is on its way to the slowest stage.
         budget_s = policy.prefill_budget_s / self._window
         self._scheduler = Scheduler(Policy(policy.prefill_chunk_tokens, budget_s))
         self._planned: deque[tuple[Chunk, ...]] = deque()
-        self._flights: set[asyncio.Task[None]] = set()
+        self._untold: list[Run] = []
+        """Runs with tokens that their readers do not have yet."""
+        self._telling: asyncio.TimerHandle | None = None
         self._decodes = self._prefills = 0
+        self._before_first = 0
+        """Passes of prompts that the first stage has not computed yet."""
         self._waiting_s = 0.0
         self._longest_s = 0.0
         """What passes took lately: a long one counts at once and fades slowly, as for the hops."""
+        self._expected: dict[int, float | None] = {}
+        """By rows, until when the clock says so: each asks all that is known of all stages."""
+        self._expected_until = 0.0
         self._prompts_turn = False
         self._counted = (0, 1, 0.0)
         """Streams, micro-batches for them, and when that was."""
@@ -142,8 +164,17 @@ class Lane:
             return
         for group in due:
             self._send(group, decode=True)
-        while self._prefills < self._window and (chunks := self._next_chunks()):
+        while self._may_prefill() and (chunks := self._next_chunks()):
             self._send(chunks, decode=False)
+
+    def _may_prefill(self) -> bool:
+        """Whether prompt rows go out now. A few wait for the first stage to be done with those before: what comes
+        meanwhile goes along with them, as one pass of many rows is faster than several of few."""
+        if self._prefills >= self._window:
+            return False
+        if not self._before_first or self._planned:
+            return True
+        return sum(run.to_plan for run in self.runs.values()) >= self._scheduler.policy.prefill_chunk_tokens
 
     def _pump_one(self, due: Sequence[Sequence[Chunk]]) -> None:
         """One pass, of prompts and of decode rows in turn, when none is on its way."""
@@ -198,7 +229,9 @@ class Lane:
     def _next_chunks(self) -> tuple[Chunk, ...]:
         """Prompt rows of the next pass; none when all is planned."""
         if not self._planned:
-            views = [view for run in self.runs.values() if (view := run.view())]
+            views = [view for run in self.runs.values() if run.to_plan and (view := run.view())]
+            if not views:
+                return ()
             plan = self._prompt_scheduler(views).plan(views)
             self._planned.extend(plan.prefill)
             for group in plan.prefill:
@@ -221,68 +254,122 @@ class Lane:
         parts = tuple((self.runs[chunk.slot], self.runs[chunk.slot].epoch, chunk) for chunk in chunks)
         rows = sum(chunk.count for chunk in chunks)
         expected = self._expected_s(rows)
-        flight = _Flight(parts, decode, self._clock(), expected or 0.0)
-        self._waiting_s += flight.expected_s
+        self._waiting_s += expected or 0.0
         known = None if expected is None else max(self._waiting_s, self._longest_s)
         limit = limit_s(known, len(self.chain))
         if decode:
             self._decodes += 1
         else:
             self._prefills += 1
-        # Tasks start in the order in which they are made, and nothing is awaited before the chain is asked.
-        task = self._watch.spawn(self._fly(flight, limit))
+            self._before_first += 1
+        loop = asyncio.get_running_loop()
+        flight = _Flight(parts, decode, self._clock(), expected or 0.0, loop.create_future())
+        flight.timer = loop.call_later(limit, self._give_up, flight, limit)
         for run, _, chunk in parts:
-            run.passes.add(task)
-            task.add_done_callback(run.passes.discard)
+            run.passes.add(flight.over)
             if decode:
                 run.flying = True
                 run.n_past += chunk.count
-
-    def _expected_s(self, rows: int) -> float | None:
-        computing = expected_s([self._around.pass_times(stage) for stage in self.chain], rows)
-        return None if computing is None else computing + self._around.rtt(self.chain)
-
-    async def _fly(self, flight: _Flight, limit: float) -> None:
         try:
-            passed, ids = await self._call(flight, limit)
-        except Exception as error:  # noqa: BLE001 - the root of a task: its sequences go on elsewhere, whatever it was
-            self._landed(flight)
-            self._fail(flight, self._as_failed(error))
-        else:
-            self._landed(flight)
-            self._learn(flight, passed)
-            self._commit(flight, ids)
-        self.pump()
+            self._first.begin(self._pass(parts), partial(self._ended, flight), partial(self._computed, flight))
+        except Exception as error:
+            logger.exception("a pass could not be begun")
+            failure = self._failed(self.chain[0], "internal", f"could not be asked: {error}")
+            loop.call_soon(self._ended, flight, failure)
 
-    async def _call(self, flight: _Flight, limit: float) -> tuple[Passed, dict[int, int]]:
-        """Send a pass down the chain; what came back, and the id of each part (by its index) that asked for one."""
-        tokens = [run.tokens[chunk.start + i] for run, _, chunk in flight.parts for i in range(chunk.count)]
-        parts = tuple(
-            SequencePart(run.sequence, epoch, chunk.start, chunk.count, chunk.last, chunk.slot)
-            for run, epoch, chunk in flight.parts
+    def _give_up(self, flight: _Flight, limit_s: float) -> None:
+        # Each hop has a shorter limit and names the next one; so it is the first stage that is silent.
+        what = f"did not end a pass within {limit_s:g} s"
+        self._ended(flight, self._failed(self.chain[0], PeerTimeout.code, what))
+
+    def _pass(self, parts: Sequence[tuple[Run, int, Chunk]]) -> Pass:
+        tokens = [run.tokens[chunk.start + i] for run, _, chunk in parts for i in range(chunk.count)]
+        wanted = tuple(
+            PassPart(run.sequence, epoch, chunk.start, chunk.count, chunk.last, chunk.slot)
+            for run, epoch, chunk in parts
         )
         first, onward = self._encodings
-        work = Pass(parts, first, encode_rows(self._around.embed(tokens), first), self.chain[1:], onward)
+        return Pass(wanted, first, encode_rows(self._around.embed(tokens), first), self._onward, onward)
+
+    def _expected_s(self, rows: int) -> float | None:
+        """Seconds that a pass of `rows` rows takes, as of RECOUNT_S ago at most; None when some are not measured."""
+        now = self._clock()
+        if now >= self._expected_until:
+            self._expected.clear()
+            self._expected_until = now + RECOUNT_S
+        if rows not in self._expected:
+            computing = expected_s([self._around.pass_times(stage) for stage in self.chain], rows)
+            self._expected[rows] = None if computing is None else computing + self._around.rtt(self.chain)
+        return self._expected[rows]
+
+    def _ended(self, flight: _Flight, result: Passed | StageFailed) -> None:
+        """Take what came of a pass, and send what can be sent now; only the first end of a pass counts."""
+        if flight.over.done():
+            return
+        if flight.timer:
+            flight.timer.cancel()
+        flight.over.set_result(None)
+        self._tell()
+        self._leave_first(flight)
+        self._landed(flight)
         try:
-            async with asyncio.timeout(limit):
-                passed = await self._around.caller(self.chain[0]).run(work)
-        except TimeoutError:
-            # Each hop has a shorter limit and names the next one; so it is the first that is silent.
-            node = self.chain[0].node
-            raise StageFailed(
-                f"{node} did not end a pass within {limit:g} s", node=node, reason="peer_timeout"
-            ) from None
-        wanted = [index for index, part in enumerate(parts) if part.output]
+            if isinstance(result, Passed):
+                ids = self._checked_ids(flight, result)
+                now = self._clock()
+                self._commit(flight, ids, now)
+                # Before anything else: the stages wait for it.
+                self.pump()
+                self._learn(flight, result, now)
+            else:
+                self._fail(flight, result)
+        except StageFailed as error:
+            self._fail(flight, error)
+        except Exception as error:
+            logger.exception("a pass failed")
+            self._fail(flight, self._failed(self.chain[0], "internal", f"failed a pass: {error}"))
+        self.pump()
+        self._tell_soon()
+
+    def _checked_ids(self, flight: _Flight, passed: Passed) -> dict[int, int]:
+        """The id of each part (by its index) that asked for one. Raises StageFailed."""
+        wanted = [index for index, (_, _, chunk) in enumerate(flight.parts) if chunk.last]
         if len(passed.ids) != len(wanted) or not all(0 <= token < self._facts.n_vocab for token in passed.ids):
             raise self._failed(self.chain[-1], "wire", "answered a pass with ids that cannot be")
-        return passed, dict(zip(wanted, passed.ids, strict=True))
+        return dict(zip(wanted, passed.ids, strict=True))
 
-    def _as_failed(self, error: Exception) -> StageFailed:
-        if isinstance(error, StageFailed):
-            return error
-        if not isinstance(error, SwarmError):
-            logger.exception("a pass failed", exc_info=error)
-        return self._failed(self.chain[0], getattr(error, "code", "internal"), f"failed a pass: {error}")
+    def _computed(self, flight: _Flight) -> None:
+        """This node has nothing to compute for a pass any more."""
+        self._leave_first(flight)
+        if any(run.to_plan for run in self.runs.values()):
+            self.pump()
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = asyncio.get_running_loop().call_later(SENT_S, self._tell)
+
+    def _leave_first(self, flight: _Flight) -> None:
+        if not flight.past_first:
+            flight.past_first = True
+            self._before_first -= not flight.decode
+
+    def _tell(self) -> None:
+        """Hand readers what they do not have yet."""
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        untold, self._untold = self._untold, []
+        for run in untold:
+            run.hand_out()
+
+    def _tell_soon(self) -> None:
+        """Let readers have their tokens soon (see TELL_WITHIN_S); first and last ones at once."""
+        if not self._untold:
+            return
+        loop = asyncio.get_running_loop()
+        urgent = not self.in_flight or any(run.is_waited_for for run in self._untold)
+        if urgent:
+            loop.call_soon(self._tell)
+        elif self._telling is None:
+            self._telling = loop.call_later(TELL_WITHIN_S, self._tell)
 
     @staticmethod
     def _failed(stage: StageRef, reason: str, what: str) -> StageFailed:
@@ -295,6 +382,7 @@ class Lane:
             self._prefills -= 1
         self._waiting_s = self._waiting_s - flight.expected_s if self.in_flight else 0.0
         for run, epoch, _ in flight.parts:
+            run.passes.discard(flight.over)
             if flight.decode and run.epoch == epoch:
                 run.flying = False
 
@@ -306,8 +394,7 @@ class Lane:
             if self.runs.get(run.slot) is run and run.epoch == epoch
         ]
 
-    def _learn(self, flight: _Flight, passed: Passed) -> None:
-        now = self._clock()
+    def _learn(self, flight: _Flight, passed: Passed, now: float) -> None:
         took = now - flight.begun
         self._longest_s = max(took, FADING * self._longest_s)
         seconds = min(took, max((time.compute_s for time in passed.times), default=took))
@@ -317,20 +404,29 @@ class Lane:
         self._watch.measured(flight.rows, seconds, wall_s, decode=flight.decode)
         diag(logger, "pipeline pass", rows=flight.rows, parts=len(flight.parts), ms=round(1000 * took, 3))
 
-    def _commit(self, flight: _Flight, ids: dict[int, int]) -> None:
-        """Hand out the ids of a pass."""
-        now = self._clock()
+    def _commit(self, flight: _Flight, ids: dict[int, int], now: float) -> None:
+        """Give the runs the ids of a pass."""
         for index, run in self._live(flight):
             if index not in ids:
+                chunk = flight.parts[index][2]
+                self._grow(run, chunk.start, chunk.start + chunk.count)
                 continue
             first = not run.decoding
             finish = run.accept(ids[index], self._facts, now)
+            self._untold.append(run)
             if finish:
                 del self.runs[run.slot]
                 run.slot = -1
                 self._watch.ended(run)
             elif first:
                 self._watch.answered(run)
+            else:
+                self._grow(run, len(run.tokens) - 2, len(run.tokens) - 1)
+
+    def _grow(self, run: Run, before: int, after: int) -> None:
+        every = self._copy_every if self._encodings == ("f32", "f32") else 0
+        if every and after // every > before // every:
+            self._watch.grown(run, after)
 
     def _fail(self, flight: _Flight, error: StageFailed) -> None:
         """Send all runs elsewhere, unless nobody waits for the pass that failed.

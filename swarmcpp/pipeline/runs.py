@@ -33,7 +33,8 @@ class ModelFacts:
 class PipelinePolicy:
     """The switches of a head. `slots` requests run and `queue_size` more wait.
 
-    `persistent`: passes overlap; without it each waits until the one before is back.
+    `persistent`: passes overlap; without it each waits until the one before is back. `copy_every`: tokens after which
+    stages store the blocks of requests that still run, where that `copies` to other nodes; 0: never.
     """
 
     slots: int
@@ -41,6 +42,7 @@ class PipelinePolicy:
     prefill_chunk_tokens: int = 128
     prefill_budget_s: float = 0.7
     persistent: bool = True
+    copy_every: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,8 @@ class Surroundings:
 
     `routes` gives the best chain now, or raises NotReady, whose text says what is missing. `keys` are those of the
     full blocks of tokens under a salt; none where caching is off. `rtt` is the sum of the delays of a chain's links,
-    from the head round to the head, in seconds. `encodings` are those of rows to the first stage and between the
+    from the head round to the head, in seconds. `copies` says whether what the stages of a chain store is copied to
+    other nodes. `encodings` are those of rows to the first stage and between the
     others. `micro_batches(streams, curves, rtt_s, most)` is how many micro-batches to keep in flight.
     """
 
@@ -73,6 +76,7 @@ class Surroundings:
     rtt: Callable[[Chain], float]
     encodings: Callable[[Chain], tuple[RowEncoding, RowEncoding]]
     micro_batches: Callable[[int, Sequence[Curve], float, int], int]
+    copies: Callable[[Chain], bool] = lambda _chain: False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,8 @@ class Run:
     tokens: list[int]
     arrived_s: float
     parts: asyncio.Queue[TokenPart | Broken] = field(default_factory=asyncio.Queue)
+    untold: list[TokenPart] = field(default_factory=list)
+    """Not in `parts` yet."""
     chain: Chain = ()
     ran: Chain = ()
     """The chain that it was opened on last, also when that was given back."""
@@ -105,7 +111,7 @@ class Run:
     """An id has come since it was opened."""
     flying: bool = False
     """Its decode row is on its way."""
-    passes: set[asyncio.Task[None]] = field(default_factory=set)
+    passes: set[asyncio.Future[None]] = field(default_factory=set)
     """Those that have rows of it, outdated ones too."""
     sampled: int = 0
     cached: int = 0
@@ -151,7 +157,7 @@ class Run:
             self.cached = position
 
     def accept(self, token: int, facts: ModelFacts, now: float) -> FinishReason | None:
-        """Take the next token and hand it to the reader; why it was the last, if it was."""
+        """Take the next token, which `hand_out` gives to the reader; why it was the last, if it was."""
         self.tokens.append(token)
         self.sampled += 1
         self.decoding = True
@@ -161,12 +167,24 @@ class Run:
             part = TokenPart((token,), finish, self.cached, tier, self.queue_s, now - self.placed_s)
         else:
             part = TokenPart((token,), finish)
-        self.tell(part)
+        self.untold.append(part)
         return finish
 
-    def tell(self, part: TokenPart | Broken) -> None:
-        """Hand the reader a part, after what is ready to run now: the next pass goes out before texts are written."""
-        asyncio.get_running_loop().call_soon(self.parts.put_nowait, part)
+    @property
+    def is_waited_for(self) -> bool:
+        """It has a first token or a last one to tell."""
+        return self.sampled == len(self.untold) or any(part.finish for part in self.untold)
+
+    def hand_out(self) -> None:
+        """Give the reader all tokens that were accepted."""
+        for part in self.untold:
+            self.parts.put_nowait(part)
+        self.untold.clear()
+
+    def tell(self, news: Broken) -> None:
+        """Tell the reader that its stages failed, after its tokens."""
+        self.hand_out()
+        self.parts.put_nowait(news)
 
     def _finish(self, token: int, facts: ModelFacts) -> FinishReason | None:
         if token in facts.eog_tokens and not self.request.sampling.ignore_eos:

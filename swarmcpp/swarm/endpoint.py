@@ -83,8 +83,13 @@ class Responder:
     """Replies to one request. Used on the event loop's thread."""
 
     def __init__(
-        self, send: Callable[[bytes, bytes, Reply, Sequence[Any]], None], asker: bytes, request: bytes
+        self,
+        send: Callable[[bytes, bytes, Reply, Sequence[Any]], None],
+        asker: bytes,
+        request: bytes,
+        on_reply: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_reply = on_reply
         self._send = send
         self._asker = asker
         self._request = request
@@ -94,6 +99,7 @@ class Responder:
 
         Raises PeerLost when the asker is gone or does not read, WireError when the reply is over a limit.
         """
+        self._on_reply()
         self._send(self._asker, self._request, reply, payload)
 
 
@@ -101,9 +107,15 @@ Handler = Callable[[Ask, list[memoryview], Responder], Awaitable[None]]
 """Answers one request, in a task of its own: cancelled when the asker cancels. What it raises becomes a Failure."""
 
 
+Beginner = Callable[[Ask, list[memoryview], Responder], bool]
+"""Takes a request that needs no task, if it is one; whether it was. It replies once, then or later, and raises nothing.
+A cancel does not end it."""
+
+
 @dataclass(slots=True)
 class _Asker:
-    tasks: dict[bytes, asyncio.Task[None]] = field(default_factory=dict)
+    tasks: dict[bytes, asyncio.Task[None] | None] = field(default_factory=dict)
+    """By request; None for one without a task."""
     payload: int = 0
     unread: deque[tuple[zmq.MessageTracker, int]] = field(default_factory=deque)
 
@@ -143,10 +155,12 @@ class Endpoint:
         member_public: str,
         handler: Handler,
         *,
+        begin: Beginner = lambda _ask, _payload, _respond: False,
         limits: Limits | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._keys = keys
+        self._begin = begin
         self._member = z85.decode(member_public.encode())
         self._handler = handler
         self._limits = limits or Limits()
@@ -210,7 +224,7 @@ class Endpoint:
         if self._closed:
             return
         self._closed = True
-        tasks = [*self._loops, *(task for asker in self._askers.values() for task in asker.tasks.values())]
+        tasks = [*self._loops, *(task for asker in self._askers.values() for task in asker.tasks.values() if task)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -273,7 +287,13 @@ class Endpoint:
         known = self._askers.get(asker)
         if isinstance(message, Cancel):
             if known and request in known.tasks:
-                known.tasks[request].cancel()
+                task = known.tasks[request]
+                if task:
+                    task.cancel()
+                else:
+                    # It goes on, but its asker may have another instead. What came beside it counts until the reply.
+                    del known.tasks[request]
+                    self._n_tasks -= 1
             return
         if not isinstance(message, Ask):
             raise WireError(f"a {type(message).__name__} is no request")
@@ -300,21 +320,31 @@ class Endpoint:
             for idle in [each for each, known in self._askers.items() if known.idle]:
                 del self._askers[idle]
         known = self._askers.setdefault(asker, _Asker())
-        tasks = known.tasks
-        responder = Responder(self._send, asker, request)
-        task = tasks[request] = asyncio.create_task(self._answer(message, payload, responder))
+        known.tasks[request] = None
         self._n_tasks += 1
         self._payload += size
         known.payload += size
 
-        def end(_: asyncio.Task[None]) -> None:
-            self._n_tasks -= 1
+        over = False
+
+        def end(_: object = None) -> None:
+            nonlocal over
+            if over:
+                return
+            over = True
             self._payload -= size
             known.payload -= size
-            del tasks[request]
-            if known.idle:
-                self._askers.pop(asker, None)
+            if request in known.tasks:
+                del known.tasks[request]
+                self._n_tasks -= 1
+            if known.idle and self._askers.get(asker) is known:
+                del self._askers[asker]
 
+        if self._begin(message, payload, Responder(self._send, asker, request, end)):
+            return
+        task = known.tasks[request] = asyncio.create_task(
+            self._answer(message, payload, Responder(self._send, asker, request))
+        )
         task.add_done_callback(end)
 
     async def _answer(self, message: Ask, payload: list[memoryview], responder: Responder) -> None:

@@ -34,6 +34,7 @@ from swarmcpp.peerwire import (
     Gossip,
     Hello,
     ListBlocks,
+    OfferBlocks,
     OpenSequence,
     Ping,
     Pong,
@@ -94,9 +95,12 @@ class Services(Protocol):
         """Send a manifest or a chunk of a model's files."""
         ...
 
-    async def stage(self, message: AskStage, payload: list[memoryview], respond: Responder) -> None:
-        """Do what a head, or the stage before, asks of a stage of this node. Calls keep their order up to the first
-        `await` that waits."""
+    async def stage(self, message: AskStage, respond: Responder) -> None:
+        """Do what a head, or the stage before, asks of a stage of this node, but for passes."""
+        ...
+
+    def begin_pass(self, message: RunStage, payload: list[memoryview], respond: Responder) -> None:
+        """Begin a pass of a stage of this node, and answer it later. Raises nothing."""
         ...
 
 
@@ -138,7 +142,7 @@ class Mesh:
         self._learning: dict[NodeId, bool] = {}
         """Peers that are being listed; True: once more afterwards."""
         self._closed = False
-        self.endpoint = Endpoint(identity.keys, key.member.public, self._handle)
+        self.endpoint = Endpoint(identity.keys, key.member.public, self._handle, begin=self._begin)
         self.membership = Membership(identity.node_id, identity.boot, clock)
         self.announcer = Announcer(identity.node_id, identity.boot, clock)
         self.holders = Holders()
@@ -384,6 +388,12 @@ class Mesh:
             if dial.node == node:
                 dial.lost.set()
 
+    def _begin(self, ask: Ask, payload: list[memoryview], respond: Responder) -> bool:
+        if isinstance(ask, RunStage):
+            self._services.begin_pass(ask, payload, respond)
+            return True
+        return False
+
     async def _handle(self, ask: Ask, payload: list[memoryview], respond: Responder) -> None:
         """Answer one request of a member."""
         match ask:
@@ -399,8 +409,8 @@ class Mesh:
                 await self._services.list_blocks(ask, respond)
             case GetManifest() | GetChunk():
                 await self._services.model_file(ask, respond)
-            case OpenSequence() | ResumeSequence() | RunStage() | StoreSequence() | CloseSequence():
-                await self._services.stage(ask, payload, respond)
+            case OpenSequence() | ResumeSequence() | StoreSequence() | CloseSequence() | OfferBlocks():
+                await self._services.stage(ask, respond)
             case _:
                 raise BadRequest(f"{type(ask).__name__} is no request that can be answered")
 

@@ -25,6 +25,7 @@ from swarmcpp.peerwire import (
     MAX_MESSAGE,
     MAX_PAYLOAD,
     Ask,
+    AskDone,
     Cancel,
     Failure,
     Gossip,
@@ -69,23 +70,35 @@ _ENDS = {
 
 @dataclass(slots=True)
 class _Inbox:
-    """What came for one request: replies, then perhaps the error that ends it."""
+    """What came for a stream: replies, then perhaps the error that ends it."""
 
-    single: bool
-    items: asyncio.Queue[tuple[Reply, list[memoryview], int] | SwarmError] = field(default_factory=asyncio.Queue)
+    items: asyncio.Queue[tuple[Reply, int] | SwarmError] = field(default_factory=asyncio.Queue)
     n_bytes: int = 0
 
-    async def take(self, timeout_s: float) -> tuple[Reply, list[memoryview]]:
+    async def take(self, timeout_s: float) -> Reply:
         """The next reply. Raises TimeoutError, or the error that ended the request, which may be a Failure."""
         async with asyncio.timeout(timeout_s):
             item = await self.items.get()
         if isinstance(item, SwarmError):
             raise item
-        reply, payload, size = item
+        reply, size = item
         self.n_bytes -= size
         if isinstance(reply, Failure):
             raise _revived(reply)
-        return reply, payload
+        return reply
+
+
+@dataclass(slots=True)
+class _Call:
+    """A request with one reply."""
+
+    done: AskDone
+    timer: asyncio.TimerHandle
+
+    def end(self, reply: Reply | SwarmError, payload: list[memoryview]) -> None:
+        """Give it its end."""
+        self.timer.cancel()
+        self.done(_revived(reply) if isinstance(reply, Failure) else reply, payload)
 
 
 def _revived(failure: Failure) -> SwarmError:
@@ -121,7 +134,7 @@ class PeerLink:
         self._on_lost = on_lost
         self._node = node_id(address.key)
         self._ids = itertools.count()
-        self._inboxes: dict[bytes, _Inbox] = {}
+        self._inboxes: dict[bytes, _Inbox | _Call] = {}
         self._reason = ""
         self._sub: Any = None
         self._hearing: asyncio.Task[None] | None = None
@@ -136,20 +149,53 @@ class PeerLink:
         self, message: Ask, payload: Sequence[bytes | memoryview] = (), *, timeout_s: float
     ) -> tuple[Reply, list[memoryview]]:
         """See `peerwire.Caller`. Between two connections it raises PeerLost at once."""
-        request, inbox = self._open(message, payload, single=True)
+        future: asyncio.Future[tuple[Reply, list[memoryview]]] = asyncio.get_running_loop().create_future()
+
+        def done(reply: Reply | SwarmError, frames: list[memoryview]) -> None:
+            if future.done():
+                return
+            if isinstance(reply, SwarmError):
+                future.set_exception(reply)
+            else:
+                future.set_result((reply, frames))
+
+        request = self._call(message, payload, done, timeout_s)
         try:
-            return await inbox.take(timeout_s)
-        except TimeoutError:
-            raise PeerTimeout(f"{self.address} did not answer within {timeout_s:g} s") from None
+            return await future
         finally:
+            # Cancelled, perhaps.
+            self._abandon(request)
+
+    def begin(self, message: Ask, payload: Sequence[bytes | memoryview], done: AskDone, *, timeout_s: float) -> None:
+        """See `peerwire.Caller`."""
+        self._call(message, payload, done, timeout_s)
+
+    def _call(self, message: Ask, payload: Sequence[bytes | memoryview], done: AskDone, timeout_s: float) -> bytes:
+        request = self._open(message, payload)
+        timer = asyncio.get_running_loop().call_later(timeout_s, self._expire, request, timeout_s)
+        self._inboxes[request] = _Call(done, timer)
+        return request
+
+    def _expire(self, request: bytes, timeout_s: float) -> None:
+        call = self._inboxes.get(request)
+        if isinstance(call, _Call):
+            self._close(request)
+            call.end(PeerTimeout(f"{self.address} did not answer within {timeout_s:g} s"), [])
+
+    def _abandon(self, request: bytes) -> None:
+        """Nobody waits for the end of a call any more."""
+        call = self._inboxes.get(request)
+        if isinstance(call, _Call):
+            call.timer.cancel()
             self._close(request)
 
     async def stream(self, message: Ask, *, silence_s: float) -> AsyncGenerator[Reply, None]:
         """See `peerwire.Caller`. The last reply is the first that is neither KeepAlive nor a Part without `finish`."""
-        request, inbox = self._open(message, (), single=False)
+        request = self._open(message, ())
+        inbox = self._inboxes[request] = _Inbox()
         try:
             while True:
-                reply, _ = await inbox.take(silence_s)
+                reply = await inbox.take(silence_s)
                 if not _goes_on(reply):
                     self._inboxes.pop(request, None)
                     yield reply
@@ -160,13 +206,13 @@ class PeerLink:
         finally:
             self._close(request)
 
-    def _open(self, message: Ask, payload: Sequence[bytes | memoryview], *, single: bool) -> tuple[bytes, _Inbox]:
+    def _open(self, message: Ask, payload: Sequence[bytes | memoryview]) -> bytes:
+        """Send a request; its id."""
         if len(self._inboxes) >= MAX_OUTSTANDING:
             raise QueueFull(f"{MAX_OUTSTANDING} requests to {self.address} are under way", retry_after=1.0)
         request = next(self._ids).to_bytes(ID_BYTES)
         self._send([request, encode(message), *payload])
-        inbox = self._inboxes[request] = _Inbox(single)
-        return request, inbox
+        return request
 
     def _close(self, request: bytes) -> None:
         """Forget a request; if it has not ended, the peer is told."""
@@ -193,18 +239,33 @@ class PeerLink:
                 raise WireError(f"{self.address} replied with a {type(reply).__name__}")
         except WireError as error:
             self._close(request)
-            inbox.items.put_nowait(error)
+            self._end(inbox, error)
+            return
+        if isinstance(inbox, _Call):
+            del self._inboxes[request]
+            self._end(inbox, reply, [frame.buffer for frame in frames[2:]])
             return
         size = sum(len(frame) for frame in frames)
-        if not inbox.single and (inbox.items.qsize() >= MAX_BUFFERED or inbox.n_bytes + size > MAX_BUFFERED_BYTES):
+        if inbox.items.qsize() >= MAX_BUFFERED or inbox.n_bytes + size > MAX_BUFFERED_BYTES:
             self._close(request)
             inbox.items.put_nowait(WireError(f"{self.address} sent more replies than could be taken"))
             return
         inbox.n_bytes += size
         # Nothing of a stream uses payload, and held frames would not be bounded by their messages.
-        inbox.items.put_nowait((reply, [frame.buffer for frame in frames[2:]] if inbox.single else [], size))
-        if inbox.single or not _goes_on(reply):
+        inbox.items.put_nowait((reply, size))
+        if not _goes_on(reply):
             del self._inboxes[request]
+
+    def _end(self, inbox: _Inbox | _Call, end: Reply | SwarmError, payload: list[memoryview] | None = None) -> None:
+        if isinstance(inbox, _Inbox):
+            assert isinstance(end, SwarmError)
+            inbox.items.put_nowait(end)
+            return
+        try:
+            inbox.end(end, payload or [])
+        except Exception:
+            # What comes for others must still be read.
+            logger.exception("the end of a request to %s could not be taken", self.address)
 
     # -- connection ----------------------------------------------------------------------------------------------
 
@@ -301,7 +362,7 @@ class PeerLink:
     def _fail_all(self) -> None:
         inboxes, self._inboxes = self._inboxes, {}
         for inbox in inboxes.values():
-            inbox.items.put_nowait(PeerLost(f"{self.address} is lost: {self._reason}"))
+            self._end(inbox, PeerLost(f"{self.address} is lost: {self._reason}"))
 
     async def aclose(self) -> None:
         """End the link; every request under way fails as PeerLost."""

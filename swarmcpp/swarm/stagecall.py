@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -22,7 +22,7 @@ from swarmcpp.peerwire import (
     SequenceReady,
     StoreSequence,
 )
-from swarmcpp.stages import Pass, Passed, SequencePart, StageRef, StageTime
+from swarmcpp.stages import Pass, Passed, StageRef, StageTime
 from swarmcpp.swarm.remote import check_request
 from swarmcpp.telemetry import printable
 from swarmcpp.wire import RowEncoding
@@ -47,7 +47,7 @@ MAX_EPOCH: Final = 2**31 - 1
 
 
 class StageHost(Protocol):
-    """One stage on this node. What `stages.StageCaller` says holds for it too, but that `run` ends at this stage."""
+    """One stage on this node. What `stages.StageCaller` says holds for it too, but that passes end at this stage."""
 
     async def open(
         self, sequence: bytes, epoch: int, keys: Sequence[bytes], request: GenerateRequest | None, n_tokens: int
@@ -59,10 +59,16 @@ class StageHost(Protocol):
         """See `stages.StageCaller.resume`."""
         ...
 
-    async def run(
-        self, parts: Sequence[SequencePart], encoding: RowEncoding, rows: bytes | memoryview, reply: RowEncoding
-    ) -> tuple[tuple[int, ...], bytes | memoryview | None, float, float]:
-        """(ids, rows encoded as `reply`, compute_s, queue_s): ids of a tail, rows of any other. Calls keep their order.
+    def begin(
+        self,
+        parts: Sequence[PassPart],
+        encoding: RowEncoding,
+        rows: bytes | memoryview,
+        reply: RowEncoding,
+        done: Callable[[tuple[tuple[int, ...], bytes | None, float, float] | SwarmError], None],
+    ) -> None:
+        """Call `done` with (ids, rows encoded as `reply`, compute_s, queue_s), ids of a tail and rows of any other, or
+        with the error; not before `begin` has returned. Passes that succeed end in the order in which they were begun.
 
         Raises what `StageCaller` documents for its other methods.
         """
@@ -92,11 +98,8 @@ def hop(ref: StageRef) -> Hop:
 
 def run_message(ref: StageRef, work: Pass) -> RunStage:
     """The request for a pass that begins at `ref`."""
-    parts = tuple(
-        PassPart(each.sequence, each.epoch, each.start, each.count, each.output, each.place) for each in work.parts
-    )
     onward = tuple(hop(each) for each in work.onward)
-    return RunStage(ref.fingerprint, hop(ref), parts, work.encoding, onward, work.wire)
+    return RunStage(ref.fingerprint, hop(ref), work.parts, work.encoding, onward, work.wire)
 
 
 def frames(rows: bytes | memoryview) -> list[memoryview]:
@@ -146,25 +149,23 @@ def check_call(message: ResumeSequence | StoreSequence, bounds: StageBounds) -> 
 
 def checked_pass(message: RunStage, payload: Sequence[memoryview], ref: StageRef, bounds: StageBounds) -> Pass:
     """The pass that a peer asks of stage `ref`, whose rows are of the right size. Raises WireError."""
+    most, n_rows = bounds.limits.ctx_size, 0
     for part in message.parts:
-        _check_epoch(part.epoch)
-        _check_within("start", part.start, 0, bounds.limits.ctx_size)
-        _check_within("count", part.count, 1, min(MAX_PARTS, bounds.limits.ctx_size - part.start))
+        if not (0 <= part.epoch <= MAX_EPOCH and 0 <= part.start <= most and 1 <= part.count <= most - part.start):
+            _check_epoch(part.epoch)
+            _check_within("start", part.start, 0, most)
+            _check_within("count", part.count, 1, most - part.start)
+        n_rows += part.count
+    _check_within("the number of rows of a pass", n_rows, 1, MAX_PARTS)
     if len({part.sequence for part in message.parts}) != len(message.parts):
         raise WireError("a pass has a sequence in two parts; send one after the other")
-    n_rows = sum(part.count for part in message.parts)
-    _check_within("the number of rows of a pass", n_rows, 1, MAX_PARTS)
     due, sent = n_rows * row_bytes(bounds.n_embd, message.encoding), sum(len(frame) for frame in payload)
     if due != sent:
         raise WireError(
             f"{n_rows} rows of {bounds.n_embd} values as {message.encoding} came in {sent} bytes instead of {due}"
         )
     rows = payload[0] if len(payload) == 1 else b"".join(payload)
-    parts = tuple(
-        SequencePart(each.sequence, each.epoch, each.start, each.count, each.output, each.place)
-        for each in message.parts
-    )
-    return Pass(parts, message.encoding, rows, _checked_onward(message.onward, ref), message.wire)
+    return Pass(message.parts, message.encoding, rows, _checked_onward(message.onward, ref), message.wire)
 
 
 def _checked_onward(hops: Sequence[Hop], ref: StageRef) -> tuple[StageRef, ...]:

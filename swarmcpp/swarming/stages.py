@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
+from dataclasses import dataclass
 from typing import Final
 
 from swarmcpp.core import Clock, GenerateRequest
@@ -26,6 +27,7 @@ from swarmcpp.peerwire import (
     Caller,
     CloseSequence,
     Hop,
+    OfferBlocks,
     OpenSequence,
     PassReply,
     Pong,
@@ -35,53 +37,18 @@ from swarmcpp.peerwire import (
     SequenceReady,
     StoreSequence,
 )
-from swarmcpp.stages import Pass, Passed, StageCaller, StageRef, StageTime
+from swarmcpp.stages import Pass, PassDone, Passed, StageCaller, StageRef, StageTime
 from swarmcpp.swarm import stagecall
 from swarmcpp.swarm.endpoint import Responder
 from swarmcpp.swarm.stagecall import HopTimes, StageBounds, StageHost
+
+logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S: Final = 20.0
 """Of everything but passes. It waits for those before it at the engine, and `resume` reads blocks from a disk."""
 
 _DOCUMENTED = (StageLost, QueueFull, PeerLost, PeerTimeout, NotReady, EngineFailed, WireError)
 """What `stages.StageCaller` raises."""
-
-
-class _Turns:
-    """Lets passes go on in the order in which they came, whichever is ready first, fails or is cancelled."""
-
-    def __init__(self) -> None:
-        self._last: asyncio.Future[None] | None = None
-
-    def take(self) -> _Turn:
-        """A turn after all that were taken before; to be used in `with`, whose end gives it up."""
-        before, self._last = self._last, asyncio.get_running_loop().create_future()
-        return _Turn(before, self._last)
-
-
-@dataclass(slots=True)
-class _Turn:
-    before: asyncio.Future[None] | None
-    over: asyncio.Future[None]
-
-    async def come(self) -> None:
-        """Until it is this one's turn."""
-        if self.before is not None and not self.before.done():
-            # Not awaited itself, as a cancel would be its end too.
-            await asyncio.wait((self.before,))
-
-    def __enter__(self) -> _Turn:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self.before is None or self.before.done():
-            self.over.set_result(None)
-        else:
-            self.before.add_done_callback(lambda _: self.over.set_result(None))
-        # A chain of all turns that ever were would be kept otherwise.
-        self.before = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +58,6 @@ class _Hosted:
     ref: StageRef
     host: StageHost
     bounds: StageBounds
-    turns: _Turns = field(default_factory=_Turns)
 
 
 class StageService:
@@ -106,6 +72,8 @@ class StageService:
         self._clock = clock
         self._times = HopTimes()
         self._hosted: dict[tuple[bytes, Hop], _Hosted] = {}
+        self.on_offer: Callable[[StageRef, NodeId, Sequence[bytes]], None] = lambda _ref, _source, _keys: None
+        """Told of blocks that a peer (who says which) has for a stage of this node."""
 
     def host(self, ref: StageRef, host: StageHost, bounds: StageBounds) -> None:
         """Answer for a stage of this node from now on, which takes the place of one of the same layers."""
@@ -128,17 +96,41 @@ class StageService:
             raise StageLost(f"{stagecall.name(hop)} is not there, or not any more; take another route")
         return hosted
 
-    async def answer(self, message: AskStage, payload: list[memoryview], respond: Responder) -> None:
-        """Answer a peer's request to a stage of this node. Raises SwarmError; of passes, the answer tells it."""
-        # Nothing is awaited before a pass is in its stage's queue: passes keep the order in which they came.
+    async def answer(self, message: AskStage, respond: Responder) -> None:
+        """Answer a peer's request to a stage of this node that is no pass. Raises SwarmError."""
         if isinstance(message, RunStage):
-            respond.send(await self._pass(message, payload))
-            return
+            raise WireError("a pass was asked where passes are not taken")
         respond.send(await self._call(self._find(message.fingerprint, message.stage), message))
 
+    def begin(self, message: RunStage, payload: list[memoryview], respond: Responder) -> None:
+        """Begin a pass that a peer asks of a stage of this node. Its one answer says how it ended, whatever happens."""
+
+        def done(result: Passed | StageFailed) -> None:
+            if isinstance(result, Passed):
+                reply = PassReply(result.ids, tuple((each.compute_s, each.queue_s) for each in result.times))
+            else:
+                reply = PassReply(node=result.node, code=result.reason, message=_text(result))
+            # Nobody is there to be told when the asker itself is what was lost.
+            with contextlib.suppress(PeerLost):
+                respond.send(reply)
+
+        try:
+            hosted = self._find(message.fingerprint, message.stage)
+            work = stagecall.checked_pass(message, payload, hosted.ref, hosted.bounds)
+            LocalStage(hosted.ref, self._find, self.caller).begin(work, done)
+        except SwarmError as error:
+            done(StageFailed(str(error), node=self._node, reason=error.code))
+        except Exception:
+            logger.exception("a pass could not be begun")
+            reason = "the stage failed to take the pass; its log says why"
+            done(StageFailed(reason, node=self._node, reason=SwarmError.code))
+
     async def _call(
-        self, hosted: _Hosted, message: OpenSequence | ResumeSequence | StoreSequence | CloseSequence
+        self, hosted: _Hosted, message: OpenSequence | ResumeSequence | StoreSequence | CloseSequence | OfferBlocks
     ) -> Reply:
+        if isinstance(message, OfferBlocks):
+            self.on_offer(hosted.ref, message.source, message.keys)
+            return Pong()
         host, sequence = hosted.host, message.sequence
         match message:
             case OpenSequence(epoch=epoch, keys=keys, n_tokens=n_tokens):
@@ -154,21 +146,22 @@ class StageService:
                 await host.close_sequence(sequence)
         return Pong()
 
-    async def _pass(self, message: RunStage, payload: list[memoryview]) -> PassReply:
-        try:
-            hosted = self._find(message.fingerprint, message.stage)
-            work = stagecall.checked_pass(message, payload, hosted.ref, hosted.bounds)
-            done = await self.caller(hosted.ref).run(work)
-        except StageFailed as error:
-            return PassReply(node=error.node, code=error.reason, message=_text(error))
-        except SwarmError as error:
-            return PassReply(node=self._node, code=error.code, message=_text(error))
-        return PassReply(done.ids, tuple((each.compute_s, each.queue_s) for each in done.times))
-
 
 def _text(error: SwarmError) -> str:
     # What a message carries at most, without what cannot be encoded.
     return str(error).encode("utf-8", "replace").decode()[:1000]
+
+
+def _failed(ref: StageRef, error: SwarmError) -> StageFailed:
+    return error if isinstance(error, StageFailed) else StageFailed(str(error), node=ref.node, reason=error.code)
+
+
+def _soon(done: PassDone, error: StageFailed) -> None:
+    asyncio.get_running_loop().call_soon(done, error)
+
+
+def _with_own(own: StageTime, rest: Passed | StageFailed) -> Passed | StageFailed:
+    return Passed(rest.ids, (own, *rest.times)) if isinstance(rest, Passed) else rest
 
 
 class LocalStage:
@@ -194,31 +187,30 @@ class LocalStage:
         """See `stages.StageCaller`."""
         return await self._hosted().host.resume(sequence, epoch, n_tokens)
 
-    async def run(self, work: Pass) -> Passed:
-        """See `stages.StageCaller`. It keeps the order of calls to the next stage too, and waits for its answer."""
-        try:
-            hosted = self._hosted()
-            with hosted.turns.take() as turn:
-                ids, rows, *times = await hosted.host.run(work.parts, work.encoding, work.rows, work.wire)
-                await turn.come()
-                onward = self._onward(work, rows)
-        except SwarmError as error:
-            raise StageFailed(str(error), node=self._ref.node, reason=error.code) from error
-        own = StageTime(*times)
-        if onward is None:
-            return Passed(ids, (own,))
-        rest = await onward
-        return Passed(rest.ids, (own, *rest.times))
+    def begin(self, work: Pass, done: PassDone, computed: Callable[[], None] = lambda: None) -> None:
+        """See `stages.StageCaller`. What came out goes to the next stage in the order of the passes, since they end in
+        that order here."""
 
-    def _onward(self, work: Pass, rows: bytes | memoryview | None) -> asyncio.Task[Passed] | None:
-        """Begin to send on what came out. Tasks begin in the order in which they are made."""
-        if not work.onward:
-            return None
-        if rows is None:
-            raise EngineFailed(f"{stagecall.name(self._ref)} gave no rows to send on")
-        following, *rest = work.onward
-        then = Pass(work.parts, work.wire, rows, tuple(rest), work.wire)
-        return asyncio.create_task(self._caller(following).run(then))
+        def ended(result: tuple[tuple[int, ...], bytes | None, float, float] | SwarmError) -> None:
+            if isinstance(result, SwarmError):
+                done(_failed(self._ref, result))
+                return
+            ids, rows, compute_s, queue_s = result
+            own = StageTime(compute_s, queue_s)
+            if not work.onward:
+                done(Passed(ids, (own,)))
+            elif rows is None:
+                done(_failed(self._ref, EngineFailed(f"{stagecall.name(self._ref)} gave no rows to send on")))
+            else:
+                following, *rest = work.onward
+                then = Pass(work.parts, work.wire, rows, tuple(rest), work.wire)
+                self._caller(following).begin(then, lambda passed: done(_with_own(own, passed)))
+                computed()
+
+        try:
+            self._hosted().host.begin(work.parts, work.encoding, work.rows, work.wire, ended)
+        except SwarmError as error:
+            _soon(done, _failed(self._ref, error))
 
     async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:
         """See `stages.StageCaller`."""
@@ -254,24 +246,32 @@ class RemoteStage:
         asked = ResumeSequence(ref.fingerprint, stagecall.hop(ref), sequence, epoch, n_tokens)
         return stagecall.ready_tokens(await self._ask(asked), ref, n_tokens)
 
-    async def run(self, work: Pass) -> Passed:
-        """See `stages.StageCaller`. The request is sent before anything is waited for."""
-        ref, chain, begun = self._ref, (self._ref, *work.onward), self._clock()
-        limit_s = self._times.limit_s(chain, work.n_rows)
+    def begin(self, work: Pass, done: PassDone, computed: Callable[[], None] = lambda: None) -> None:
+        """See `stages.StageCaller`."""
+        ref, chain, begun, times = self._ref, (self._ref, *work.onward), self._clock(), self._times
+
+        def answered(reply: Reply | SwarmError, _payload: list[memoryview]) -> None:
+            try:
+                if isinstance(reply, SwarmError):
+                    raise _failed(ref, reply)
+                passed = stagecall.passed(reply, ref, work)
+            except StageFailed as error:
+                times.forget(chain)
+                done(error)
+                return
+            times.add(chain, work.n_rows, self._clock() - begun)
+            done(passed)
+
+        limit_s = times.limit_s(chain, work.n_rows)
         try:
-            reply, _ = await self._link().ask(
-                stagecall.run_message(ref, work), stagecall.frames(work.rows), timeout_s=limit_s
+            self._link().begin(
+                stagecall.run_message(ref, work), stagecall.frames(work.rows), answered, timeout_s=limit_s
             )
         except SwarmError as error:
-            self._times.forget(chain)
-            raise StageFailed(str(error), node=ref.node, reason=error.code) from error
-        try:
-            done = stagecall.passed(reply, ref, work)
-        except StageFailed:
-            self._times.forget(chain)
-            raise
-        self._times.add(chain, work.n_rows, self._clock() - begun)
-        return done
+            times.forget(chain)
+            _soon(done, _failed(ref, error))
+        else:
+            asyncio.get_running_loop().call_soon(computed)
 
     async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:
         """See `stages.StageCaller`."""

@@ -24,13 +24,13 @@ from swarmcpp.peers import Address, Capability, Load, NodeId, StageOffer, TokenP
 from swarmcpp.peerwire import (
     AskStage,
     BlockPage,
-    Blocks,
     Caller,
     FetchBlocks,
     Generate,
     GetChunk,
     GetManifest,
     ListBlocks,
+    RunStage,
 )
 from swarmcpp.stages import StageRef
 from swarmcpp.status import EventRow, SwarmStatus
@@ -44,6 +44,7 @@ from swarmcpp.swarm.remote import serve_generate
 from swarmcpp.swarm.store import Identity, SwarmStore
 from swarmcpp.swarm.trust import TrustBook
 from swarmcpp.swarming.blocks import SharedBlocks
+from swarmcpp.swarming.copies import StageCopies
 from swarmcpp.swarming.models import Served, SwarmModels
 from swarmcpp.swarming.pipelines import Pipelines
 from swarmcpp.swarming.requests import Requests
@@ -92,6 +93,15 @@ class Swarm:
         self._told: tuple[StageOffer, ...] = ()
         self._told_at = clock()
         self.blocks = SharedBlocks(config, key, self.mesh, self.trust, self.models, clock)
+        self.copies = StageCopies(
+            identity.node_id,
+            self.pipelines,
+            self.mesh.caller,
+            self.blocks.context,
+            replicate=config.inference.replicate_kv,
+            clock=clock,
+        )
+        self.stages.on_offer = self.copies.offered
         queue_size = config.server.queue_size
         self.requests = Requests(identity.node_id, queue_size, self.mesh, self.models, self.blocks, clock)
         self.mesh.announcer.capability(self.capability())
@@ -123,6 +133,7 @@ class Swarm:
         if self._discovery:
             await self._discovery.close()
         await self.blocks.close()
+        await self.copies.close()
         await asyncio.to_thread(self._save)
         await self.mesh.close()
         self.models.close()
@@ -263,10 +274,8 @@ class Swarm:
 
     async def fetch_blocks(self, message: FetchBlocks, respond: Responder) -> None:
         """See `mesh.Services`."""
-        if self.blocks.server is None:
-            respond.send(Blocks(()))
-            return
-        reply, frames = await self.blocks.server.answer(message)
+        server = self.blocks.server
+        reply, frames = await (server if server and message.root == self.blocks.root else self.copies).answer(message)
         respond.send(reply, frames)
 
     async def list_blocks(self, message: ListBlocks, respond: Responder) -> None:
@@ -279,9 +288,13 @@ class Swarm:
         reply, payload = await self._files.answer(message)
         respond.send(reply, payload)
 
-    async def stage(self, message: AskStage, payload: list[memoryview], respond: Responder) -> None:
+    async def stage(self, message: AskStage, respond: Responder) -> None:
         """See `mesh.Services`."""
-        await self.stages.answer(message, payload, respond)
+        await self.stages.answer(message, respond)
+
+    def begin_pass(self, message: RunStage, payload: list[memoryview], respond: Responder) -> None:
+        """See `mesh.Services`."""
+        self.stages.begin(message, payload, respond)
 
     # -- status --------------------------------------------------------------------------------------------------
 

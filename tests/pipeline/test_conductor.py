@@ -110,6 +110,7 @@ async def test_a_prompt_that_was_there_before_comes_from_the_arenas(swarm_of: Sw
         await until(lambda: all(len(stage.arena) == 4 for stage in swarm.all), "four blocks at each stage")
         again = await parts_of(conductor, wanted)
         assert (again[0].cached_tokens, again[0].tier) == (192, "arena")
+        await until(lambda: not any(stage.held for stage in swarm.all), "all that it stores is stored")
         # What only one stage still has must be computed.
         swarm.all[1].arena = dict(list(swarm.all[1].arena.items())[:2])
         third = await parts_of(conductor, wanted)

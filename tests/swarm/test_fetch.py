@@ -9,9 +9,9 @@ import time
 
 import pytest
 from blake3 import blake3
+from block_peers import BLOCK_BYTES, NAN, Answer, Swarm, block_id, key, payload, query
 from hypothesis import given
 from hypothesis import strategies as st
-from swarm.block_peers import BLOCK_BYTES, NAN, Answer, Swarm, block_id, key, payload, query
 
 from swarmcpp.errors import QueueFull
 from swarmcpp.peerwire import Blocks, FetchBlocks, Pong, Reply

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from blake3 import blake3
-from swarm.block_peers import BLOCK_BYTES, NAN, Swarm, block_id, key, payload, query
+from block_peers import BLOCK_BYTES, NAN, Swarm, block_id, key, payload, query
 
 from swarmcpp.peerwire import Blocks, FetchBlocks, Reply
 from swarmcpp.swarm.fetch import FetchResult, fetch_prefix

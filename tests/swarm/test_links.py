@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+from block_peers import Peer, SteppedClock, make_server
 from hypothesis import given
 from hypothesis import strategies as st
-from swarm.block_peers import Peer, SteppedClock, make_server
 
 from swarmcpp.peers import ObservedLatency
 from swarmcpp.swarm.links import (

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 from blake3 import blake3
+from block_peers import BLOCK_BYTES, ROOT, SteppedClock, block_id, key, make_server, payload, quantise
 from hypothesis import given
 from hypothesis import strategies as st
-from swarm.block_peers import BLOCK_BYTES, ROOT, SteppedClock, block_id, key, make_server, payload, quantise
 
 from swarmcpp.errors import QueueFull, SnapshotError
 from swarmcpp.peerwire import MAX_FRAMES, MAX_IDS, FetchBlocks, ListBlocks

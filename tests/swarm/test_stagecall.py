@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from swarmcpp.core import Limits
 from swarmcpp.errors import WireError
 from swarmcpp.peerwire import MAX_FRAMES, MAX_MESSAGE, Hop, PassPart, RunStage, decode, encode
-from swarmcpp.stages import Pass, SequencePart, StageRef
+from swarmcpp.stages import Pass, StageRef
 from swarmcpp.swarm import stagecall
 from swarmcpp.swarm.stagecall import LEAST_S, MAX_TIMES, UNKNOWN_S, HopTimes, StageBounds
 
@@ -70,7 +70,7 @@ def test_a_pass_that_is_taken_is_within_all_bounds(
 @given(COUNTS, st.lists(st.integers(6, 8), max_size=3))
 def test_a_pass_survives_the_way_to_a_peer(counts: list[int], cuts: list[int]) -> None:
     onward = tuple(StageRef(each.node, REF.fingerprint, each.first, each.last, 9) for each in chain_from(cuts))
-    parts = tuple(SequencePart(n.to_bytes(16), n, n, count, n % 2 == 0) for n, count in enumerate(counts))
+    parts = tuple(PassPart(n.to_bytes(16), n, n, count, n % 2 == 0) for n, count in enumerate(counts))
     work = Pass(parts, "q8_0", bytes(34 * sum(counts)), onward, "f32")
     message = decode(encode(stagecall.run_message(REF, work)))
     assert isinstance(message, RunStage)

@@ -34,10 +34,7 @@ from swarmcpp.peerwire import (
 )
 from swarmcpp.swarm.endpoint import Endpoint, Handler, Limits, Responder
 from swarmcpp.swarm.identity import SwarmKey, new_node_keys, node_id
-from swarmcpp.swarm.link import NodeLink, WorkerLink
 from swarmcpp.swarm.peerlink import MAX_BUFFERED, MAX_OUTSTANDING, PeerLink
-from swarmcpp.wire import MAX_FRAME, Fault, LoadProgress, Stop
-from swarmcpp.wire import encode as wire_encode
 
 GENERATE = Generate(GenerateRequest("r", "m", (1, 2, 3), 100))
 MANIFEST = GetManifest(b"f" * 32)
@@ -548,37 +545,97 @@ async def test_nothing_is_kept_of_askers_that_are_done(peers: Peers) -> None:
     await until(lambda: not server._askers and server._n_tasks == 0, "it forgets")
 
 
-@pytest.fixture
-def no_ipc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(NodeLink, "_ipc_endpoint", lambda self: None)
+# -- without tasks ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("no_ipc")
-async def test_an_engine_link_over_curve_starts_every_time() -> None:
-    for _ in range(50):
-        node = NodeLink()
-        engine = WorkerLink(node.ticket)
-        try:
-            engine.send(LoadProgress(0.0))
-            assert await asyncio.wait_for(node.receive(), DEADLINE_S) == LoadProgress(0.0)
-            node.send(Stop())
-            assert engine.receive(DEADLINE_S) == Stop()
-        finally:
-            engine.close()
-            node.close()
+class Later:
+    """A `Beginner` that takes GetManifest and answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Responder] = []
+
+    def __call__(self, message: Ask, payload: list[memoryview], respond: Responder) -> bool:
+        if not isinstance(message, GetManifest):
+            return False
+        self.waiting.append(respond)
+        return True
 
 
-@pytest.mark.usefixtures("no_ipc")
-async def test_the_longest_message_of_an_engine_passes_under_curve() -> None:
-    """ZeroMQ ends the connection, with what is under way, for a frame that encryption makes longer than it may be."""
-    node = NodeLink()
-    engine = WorkerLink(node.ticket)
-    try:
-        longest = Fault("x", "")
-        longest = Fault("x", "y" * (MAX_FRAME - len(wire_encode(longest)) - 4))
-        assert len(wire_encode(longest)) == MAX_FRAME
-        engine.send(longest)
-        assert await asyncio.wait_for(node.receive(), DEADLINE_S) == longest
-    finally:
-        engine.close()
-        node.close()
+async def test_a_request_without_a_task_is_answered_later_and_counts_until_then(peers: Peers) -> None:
+    later = Later()
+    server, address = await peers.endpoint(begin=later, limits=Limits(tasks_per_asker=2))
+    link = peers.link(address)
+    asked = [asyncio.create_task(link.ask(MANIFEST, [b"12345"], timeout_s=DEADLINE_S)) for _ in range(2)]
+    await until(lambda: len(later.waiting) == 2, "both are there")
+    assert (server._n_tasks, server._payload) == (2, 10)
+    with pytest.raises(QueueFull, match="too many requests"):
+        await link.ask(Ping(0), timeout_s=DEADLINE_S)
+    for respond in later.waiting:
+        respond.send(Pong(), [b"late"])
+    assert [(reply, bytes(frames[0])) for reply, frames in await asyncio.gather(*asked)] == [(Pong(), b"late")] * 2
+    assert (server._n_tasks, server._payload) == (0, 0)
+    await ping(link)
+
+
+async def test_a_cancel_of_a_request_without_a_task_leaves_it_to_end(peers: Peers) -> None:
+    later = Later()
+    server, address = await peers.endpoint(begin=later)
+    link = peers.link(address)
+    with pytest.raises(PeerTimeout):
+        await link.ask(MANIFEST, [b"12345"], timeout_s=0.05)
+    await until(lambda: server._n_tasks == 0, "its asker may have another instead")
+    assert server._payload == 5, "what came beside it is still there"
+    later.waiting[0].send(Pong())
+    await ping(link)
+    assert (server._n_tasks, server._payload) == (0, 0)
+    assert not server._askers
+
+
+class Ends:
+    """What came of requests that were begun."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[object, list[bytes]]] = []
+
+    def __call__(self, reply: Reply | SwarmError, frames: list[memoryview]) -> None:
+        self.got.append((reply, [bytes(frame) for frame in frames]))
+
+
+async def test_begun_requests_end_with_a_reply_or_an_error(peers: Peers) -> None:
+    later = Later()
+    server, address = await peers.endpoint(begin=later)
+    link, ends = peers.link(address), Ends()
+    link.begin(Ping(3), [b"a"], ends, timeout_s=DEADLINE_S)
+    assert not ends.got, "never before `begin` has returned"
+    await until(lambda: len(ends.got) == 1, "the reply")
+    assert ends.got.pop() == (Pong(), [b"a", b"xxx"])
+    link.begin(MANIFEST, [], ends, timeout_s=DEADLINE_S)
+    await until(lambda: len(later.waiting) == 1, "it is there")
+    later.waiting.pop().send(Failure("queue_full", "too much", 2.5))
+    await until(lambda: len(ends.got) == 1, "the failure")
+    error = ends.got.pop()[0]
+    assert isinstance(error, QueueFull) and error.retry_after == 2.5
+    link.begin(MANIFEST, [], ends, timeout_s=0.05)
+    await until(lambda: len(ends.got) == 1, "the time-out")
+    assert isinstance(ends.got.pop()[0], PeerTimeout)
+    link.begin(MANIFEST, [], ends, timeout_s=DEADLINE_S)
+    await server.aclose()
+    await until(lambda: len(ends.got) == 1, "the loss")
+    assert isinstance(ends.got.pop()[0], PeerLost)
+    with pytest.raises(PeerLost):
+        link.begin(MANIFEST, [], ends, timeout_s=DEADLINE_S)
+    assert not ends.got and not link._inboxes
+
+
+async def test_an_end_that_raises_does_not_keep_others_from_theirs(
+    peers: Peers, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, address = await peers.endpoint()
+    link = peers.link(address)
+
+    def fail(_reply: Reply | SwarmError, _frames: list[memoryview]) -> None:
+        raise ZeroDivisionError
+
+    link.begin(Ping(0), [], fail, timeout_s=DEADLINE_S)
+    await ping(link)
+    assert "could not be taken" in caplog.text
