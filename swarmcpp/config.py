@@ -123,6 +123,12 @@ class InferenceConfig:
         pattern="auto|on|off",
         form="auto, on or off",
     )
+    replicate_kv: str = setting(
+        "auto",
+        help="KV of requests that run on stages is copied to another node with the same layers; auto: over fast links",
+        pattern="auto|on|off",
+        form="auto, on or off",
+    )
     persistent_pipeline_stream: bool = setting(True, help="passes follow one another through stages without waiting")
 
 

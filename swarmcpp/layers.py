@@ -48,6 +48,7 @@ def make_head(config: Config, model: SharedModel, source: Path, eog_tokens: froz
         rtt=pipelines.rtt,
         encodings=pipelines.encodings,
         micro_batches=micro_batches,
+        copies=swarm.copies.wanted,
     )
     policy = PipelinePolicy(
         slots=model.slots,
@@ -55,6 +56,7 @@ def make_head(config: Config, model: SharedModel, source: Path, eog_tokens: froz
         prefill_chunk_tokens=inference.prefill_chunk_tokens,
         prefill_budget_s=inference.prefill_budget_ms / 1000,
         persistent=inference.persistent_pipeline_stream,
+        copy_every=identity.block_tokens if inference.prefix_cache_enabled and inference.replicate_kv != "off" else 0,
     )
     facts = ModelFacts(fingerprint, n_layers, model.file.n_vocab, model.ctx_size, eog_tokens)
     return Conductor(facts, policy, around, time.monotonic)

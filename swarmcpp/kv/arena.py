@@ -106,6 +106,11 @@ class Arena:
         self._lock = threading.Lock()
         self._fd = -1
 
+    @property
+    def identity(self) -> bytes:
+        """Whose KV it holds, 32 bytes."""
+        return self._identity
+
     # -- opening -------------------------------------------------------------------------------------------------
 
     @classmethod

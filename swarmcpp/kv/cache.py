@@ -98,9 +98,19 @@ class PrefixCache:
         return self._arena.path
 
     @property
+    def block_tokens(self) -> int:
+        """Tokens of a block."""
+        return self._identity.block_tokens
+
+    @property
     def root(self) -> bytes:
         """The key before the first blocks without a salt: what KV of this cache depends on beside its tokens."""
         return self._identity.root()
+
+    @property
+    def arena_root(self) -> bytes:
+        """What tells this cache from all that hold other KV under the same keys, such as that of other layers."""
+        return self._arena.identity
 
     @property
     def block_bytes(self) -> int:
@@ -137,6 +147,12 @@ class PrefixCache:
         """How many blocks of a chain, from the first, are here."""
         with self._lock:
             return len(self._index.match(keys))
+
+    def exact_keys(self, keys: Sequence[bytes]) -> int:
+        """How many blocks of a chain, from the first, are here exactly as they were computed from exact rows."""
+        with self._lock:
+            blocks = self._index.match(keys)
+        return next((number for number, block in enumerate(blocks) if not block.exact), len(blocks))
 
     def lease(self, tokens: Sequence[int], salt: str) -> Lease:
         """The stored beginning of `tokens`, kept in place until released. At least one token is left to compute."""

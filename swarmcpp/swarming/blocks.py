@@ -64,7 +64,7 @@ class SharedBlocks:
         self.root = b""
         self.token_bytes = 0
         self._fetching: dict[bytes, asyncio.Event] = {}
-        self._context = FetchContext(
+        self.context = FetchContext(
             holders=mesh.holders,
             callers=mesh.caller,
             links=mesh.links,
@@ -82,7 +82,7 @@ class SharedBlocks:
     @property
     def can_fetch(self) -> bool:
         """Whether blocks of peers are used at all."""
-        return self.cache is not None and self._context.settings.trust_min <= 1
+        return self.cache is not None and self.context.settings.trust_min <= 1
 
     def use(self, cache: PrefixCache, token_bytes: int) -> None:
         """Share the blocks of a cache, the only one from now on; `token_bytes` as in the model's offer."""
@@ -245,7 +245,7 @@ class SharedBlocks:
             deadline_s=request.deadline_s,
         )
         usable: Front | None = front if _idle_for(replica, request) else None
-        return await fetch_prefix(self._context, query, store, usable)
+        return await fetch_prefix(self.context, query, store, usable)
 
     async def _compute(
         self, cache: PrefixCache, supervisor: EngineSupervisor, request: GenerateRequest, count: int

@@ -95,6 +95,10 @@ class Pipelines:
         self._hosted[stage.ref] = stage
         self._service.host(stage.ref, stage.supervisor, bounds)
 
+    def own(self, ref: StageRef) -> OwnStage | None:
+        """A stage of this node."""
+        return self._hosted.get(ref)
+
     def drop(self, ref: StageRef) -> None:
         """Run it no more."""
         self._hosted.pop(ref, None)
@@ -168,6 +172,11 @@ class Pipelines:
             small = any(0 < links[hop].bytes_per_s < COMPRESS_BELOW for hop in hops if hop in links)
         onward: RowEncoding = "q8_0" if small else "f32"
         return ("f32" if nodes[1] == self._own else onward), onward
+
+    def is_fast(self, source: NodeId, target: NodeId) -> bool:
+        """Whether rows would travel unrounded between two nodes, as far as anybody told of their link."""
+        link = self._links().get((source, target))
+        return link is not None and link.bytes_per_s >= COMPRESS_BELOW
 
     def _links(self) -> dict[tuple[NodeId, NodeId], Link]:
         told = {view.capability.node: view.capability.observed_latencies for view in self._mesh.membership.peers()}

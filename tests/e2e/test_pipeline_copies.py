@@ -1,0 +1,75 @@
+"""KV of running requests is copied to the node that has the same layers, which then computes little again."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+import pytest
+from pipeline_process import FLAGS, Pipeline, nodes
+from serve_client import Heard, complete, completion, listen, until
+from serve_process import ServeProcess
+
+pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
+
+TOKENS = 500
+OPENINGS = ("Tom", "Lily", "Max")
+"""One for each try: the node that is killed must be the one in use."""
+
+
+def prompt(name: str) -> str:
+    """About 150 tokens."""
+    return f"{name} went to the park. " * 12 + f"One day, {name} saw"
+
+
+def copied(trio: Pipeline) -> int:
+    """Blocks that were copied to Bob or Cid so far."""
+    lines = [line for name in ("Bob", "Cid") for line in trio[name].stderr.splitlines() if "DIAG: KV copied" in line]
+    return sum(int(found[1]) for line in lines if (found := re.search(r"blocks=(\d+)", line)))
+
+
+def resumed_at(trio: Pipeline) -> list[int]:
+    """Tokens that were there when answers went on."""
+    return [int(re.findall(r"resumed_at=(\d+)", line)[0]) for line in trio.failovers("Ann")]
+
+
+@pytest.mark.parametrize("setting", ["on", "off"])
+async def test_a_double_goes_on_from_copies(
+    stories: Path, new_data_dir: Callable[[], Path], stories_server: ServeProcess, setting: str
+) -> None:
+    env = {"SWARMCPP_INFERENCE_REPLICATE_KV": setting}
+    with nodes(new_data_dir) as trio:
+        ann = trio.start("Ann", "serve", str(stories), "--layers", "0-3", "-vv", *FLAGS, env=env)
+        for name in ("Bob", "Cid"):
+            trio.launch(name, "join", ann.token, "--layers", "3-5", "--model", str(stories), "-vv", *FLAGS, env=env)
+        for name in ("Bob", "Cid"):
+            trio[name].wait_ready()
+        for name in ("Ann", "Bob", "Cid"):
+            trio.wait_ranges(name, Ann="0-3", Bob="3-5", Cid="3-5")
+        trio.wait_answers("Ann")
+        async with aiohttp.ClientSession() as http:
+            for name, opening in zip(("Bob", "Cid", "Bob"), OPENINGS, strict=True):
+                body, heard = completion(prompt(opening), TOKENS), Heard()
+                before = copied(trio)
+                task = asyncio.create_task(listen(http, ann.url, body, heard))
+                await until(lambda heard=heard: heard.chars > 300 or heard.done, "text", pause_s=0.001)
+                if setting == "on":
+                    # Two blocks of the prompt, and one of the answer.
+                    await until(lambda before=before: copied(trio) >= before + 3, "copies")
+                assert not heard.done, "it is still told"
+                trio[name].process.kill()
+                trio[name].process.wait()
+                await task
+                assert heard.text == await complete(http, stories_server.url, body)
+                trio.start(name)
+                trio.wait_ranges("Ann", Ann="0-3", Bob="3-5", Cid="3-5")
+                if resumed_at(trio):
+                    break
+        at = resumed_at(trio)
+        assert at, "no node was killed that was in use"
+        assert copied(trio) == 0 if setting == "off" else at[0] >= 192, at
+        assert setting == "on" or at[0] == 0, "the other one has never seen the prompt"
