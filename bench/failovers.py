@@ -19,11 +19,11 @@ from bench.setting import LLAMA, SWARM, Setup
 from bench.swarms import synthetic
 from swarmcpp.models.capacity import estimate_memory, stage_memory
 from swarmcpp.models.inspect import ModelFile, inspect
-from swarmcpp.models.synthetic import QWEN25_7B
+from swarmcpp.models.synthetic import QWEN25_14B
 
 MEMORY_CTX = 2048
 MEMORY_SLOTS = 2
-SMALL, LARGE = 0.40, 0.75
+SMALL, LARGE = 0.40, 0.65
 """Of the memory that the whole model needs: what the node that joins has, and what the first one has."""
 MEMORY_LIMIT = 1.1
 
@@ -31,8 +31,11 @@ KILLS = 100
 QUICK_KILLS = 6
 KILL_CTX = 512
 KILL_TOKENS = 200
-LONG_KILLS = 5
-LONG_KILL_PROMPT = 256
+LONG_KILLS = 8
+LONG_KILL_PROMPT = 1000
+"""Beyond 512 tokens of context attention rounds differently alone and beside others, so on random weights texts may
+change behind near ties, with a kill or without."""
+LONG_KILL_CTX = 1280
 LONG_KILL_TOKENS = 64
 STREAMS = 4
 
@@ -41,16 +44,16 @@ STREAMS = 4
 
 
 async def memory(setup: Setup) -> Outcome:
-    """A node with 40% of the memory that a 7B model needs joins one that has 75%: what it takes, at its peak.
+    """A node with 40% of the memory that a 14B model needs joins one that has 65%: what it takes, at its peak.
 
     Counted is what is resident of its two processes together, code and libraries too, against the slice's file and the
     KV of its layers for all slots.
     """
-    path = synthetic(setup, QWEN25_7B, "qwen2.5-7b-shape-q4_0.gguf")
+    path = synthetic(setup, QWEN25_14B, "qwen2.5-14b-shape-q4_0.gguf")
     model = inspect(path)
     need = estimate_memory(model, MEMORY_CTX, MEMORY_SLOTS).total
     first, second = here()
-    prompt = random_prompt(setup.rng("memory", 0), MEMORY_CTX // 2, range(1000, QWEN25_7B.n_vocab))
+    prompt = random_prompt(setup.rng("memory", 0), MEMORY_CTX // 2, range(1000, QWEN25_14B.n_vocab))
     async with Nodes(setup) as nodes:
         specs = {
             name: NodeSpec(
@@ -129,7 +132,7 @@ async def kill(setup: Setup) -> Outcome:
 async def recover(setup: Setup) -> Outcome:
     """The same with longer prompts on a model of random weights, where texts may differ behind near ties."""
     kills = 1 if setup.quick else LONG_KILLS
-    return await _killed(setup, _Case("recover", setup.model, kills, LONG_KILL_TOKENS), exact=False)
+    return await _killed(setup, _Case("recover", setup.model, kills, LONG_KILL_TOKENS, LONG_KILL_CTX), exact=False)
 
 
 def _prompts(setup: Setup, case: _Case, round_: int, *, exact: bool) -> Sequence[Prompt]:
@@ -158,9 +161,16 @@ async def _killed(setup: Setup, case: _Case, *, exact: bool) -> Outcome:
         for round_ in range(case.kills):
             rng = setup.rng(f"{case.title} moment", round_)
             prompts = _prompts(setup, case, round_, exact=exact)
-            undisturbed = await client.together(prompts, case.tokens)
-            calm.append(max(map(_pause, undisturbed)))
-            kill_, victim = await _kill_one(nodes, client, prompts, undisturbed, rng)
+            if exact:
+                # These prompts are the same in every round.
+                undisturbed = await client.together(prompts, case.tokens)
+                blow = await _strike(nodes, client, prompts, [reply.completion_tokens for reply in undisturbed], rng)
+            else:
+                # Before anything was stored of them.
+                blow = await _strike(nodes, client, prompts, [case.tokens] * len(prompts), rng)
+                undisturbed = await client.together(prompts, case.tokens)
+            calm.append(max(_pause(reply, _all_began(undisturbed)) for reply in undisturbed))
+            kill_, victim = blow.outcome(undisturbed), blow.victim
             found.append(kill_)
             setup.say(
                 f"{case.title} {round_}: {victim}: pause {1000 * kill_.pause_s:.0f} ms (undisturbed "
@@ -176,28 +186,49 @@ async def _killed(setup: Setup, case: _Case, *, exact: bool) -> Outcome:
     return _kill_outcome(case, found, calm, again, moved, shown, exact=exact)
 
 
-async def _kill_one(
-    nodes: Nodes, client: Client, prompts: Sequence[Prompt], undisturbed: Sequence[Reply], rng: random.Random
-) -> tuple[_Kill, str]:
-    """Kill a node of the rear stage, or its engine, at a random event of the first stream; who it was."""
-    streams = [
-        Watched(client, prompt, reply.completion_tokens) for prompt, reply in zip(prompts, undisturbed, strict=True)
-    ]
-    await streams[0].wait_events(rng.randrange(1, max(2, len(undisturbed[0].moments) // 2)))
-    name, left = rng.choice("BC"), 0
+@dataclass(frozen=True, slots=True)
+class _Blow:
+    """Who was killed, and what the streams gave all the same."""
+
+    victim: str
+    replies: list[Reply]
+    running: int
+    at: float
+    left: int
+
+    def outcome(self, undisturbed: Sequence[Reply]) -> _Kill:
+        pairs = zip(self.replies, undisturbed, strict=True)
+        changed = sum(a.text != b.text or a.completion_tokens != b.completion_tokens for a, b in pairs)
+        return _Kill(changed, self.running, max(_pause(reply, self.at) for reply in self.replies), self.left)
+
+
+async def _strike(
+    nodes: Nodes, client: Client, prompts: Sequence[Prompt], tokens: Sequence[int], rng: random.Random
+) -> _Blow:
+    """Kill a node of the rear stage, or its engine, at a random event of the first stream, once all have begun."""
+    streams = [Watched(client, prompt, count) for prompt, count in zip(prompts, tokens, strict=True)]
+    for stream in streams:
+        # While prompts are read, others wait for that too.
+        await stream.wait_events(1)
+    await streams[0].wait_events(rng.randrange(1, max(2, tokens[0] // 2)))
+    name, left, killed = rng.choice("BC"), 0, time.perf_counter()
     running = sum(not stream.task.done() for stream in streams)
     if whole := rng.random() < 0.5:
         left = await nodes.kill(name)
     else:
         nodes.kill_engine(name)
     replies = [await stream.task for stream in streams]
-    pairs = zip(replies, undisturbed, strict=True)
-    changed = sum(a.text != b.text or a.completion_tokens != b.completion_tokens for a, b in pairs)
-    return _Kill(changed, running, max(map(_pause, replies)), left), name if whole else f"{name} engine"
+    return _Blow(name if whole else f"{name} engine", replies, running, killed, left)
 
 
-def _pause(reply: Reply) -> float:
-    return longest_pause([moment.at for moment in reply.moments], reply.started, reply.finished)
+def _pause(reply: Reply, since: float) -> float:
+    """The longest time between two tokens, seconds, of which some is after `since`."""
+    return longest_pause([moment.at for moment in reply.moments], since, reply.finished)
+
+
+def _all_began(replies: Sequence[Reply]) -> float:
+    """When all had their first token."""
+    return max(reply.moments[0].at for reply in replies)
 
 
 async def _rpc_again(setup: Setup, case: _Case, *, exact: bool) -> list[float]:
