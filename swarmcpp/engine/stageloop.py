@@ -246,8 +246,9 @@ class StageLoop:
             return
         seconds = self._clock() - begun
         count = sum(part.count for part in message.parts)
-        diag(logger, "stage pass", rows=count, parts=len(message.parts), ms=round(1000 * seconds, 3))
         self._link.send(Ran(run=message.run, ids=ids, seconds=seconds, neighbours=neighbours), rows)
+        # After it: whoever reads the line takes longer than the message does.
+        diag(logger, "stage pass", rows=count, parts=len(message.parts), ms=round(1000 * seconds, 3))
 
     def _run(self, message: Run, frame: Buffer | None) -> tuple[tuple[int, ...], Buffer | None, bool]:
         """Token ids, or the frame of rows that goes on; and whether the sequences were neighbours."""
