@@ -294,12 +294,16 @@ async def test_last_words_arrive_though_the_node_writes_meanwhile(node: Node) ->
     worker = WorkerLink(node.ticket)
     await greet(node, worker)
     worker.send(Fault("decode_failed", "no more"))
-    closing = asyncio.create_task(asyncio.to_thread(worker.close))
+    closing = threading.Thread(target=worker.close)
+    closing.start()
+    # Until it has said its last; this thread's loop has read nothing of it yet.
+    while worker._socket.fileno() >= 0 and worker._socket.gettimeout() != module.LINGER_S:
+        closing.join(0.001)
     node.send(Cancel(1), bytes(1 << 20))
     node.send(Cancel(2))
     assert await node.receive() == Fault("decode_failed", "no more")
     assert await node.end() is None
-    await closing
+    await asyncio.to_thread(closing.join, DEADLINE_S)
 
 
 async def test_a_connection_that_fails_does_not_keep_the_engine_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,10 +151,9 @@ def checked_pass(message: RunStage, payload: Sequence[memoryview], ref: StageRef
     """The pass that a peer asks of stage `ref`, whose rows are of the right size. Raises WireError."""
     most, n_rows = bounds.limits.ctx_size, 0
     for part in message.parts:
-        if not (0 <= part.epoch <= MAX_EPOCH and 0 <= part.start <= most and 1 <= part.count <= most - part.start):
-            _check_epoch(part.epoch)
-            _check_within("start", part.start, 0, most)
-            _check_within("count", part.count, 1, most - part.start)
+        _check_epoch(part.epoch)
+        _check_within("start", part.start, 0, most)
+        _check_within("count", part.count, 1, min(MAX_PARTS, most - part.start))
         n_rows += part.count
     _check_within("the number of rows of a pass", n_rows, 1, MAX_PARTS)
     if len({part.sequence for part in message.parts}) != len(message.parts):

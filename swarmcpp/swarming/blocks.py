@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final, cast
 
@@ -87,7 +87,6 @@ class SharedBlocks:
     def use(self, cache: PrefixCache, token_bytes: int) -> None:
         """Share the blocks of a cache, the only one from now on; `token_bytes` as in the model's offer."""
         root = cache.root
-        loop = asyncio.get_running_loop()
         server = BlockServer(root, cache.read_block, kvwire.quantise, self._key.block_id, self._governor())
         gone = self.server.clear() if self.server else []
         self.cache, self.server, self.root, self.token_bytes = cache, server, root, token_bytes
@@ -97,12 +96,7 @@ class SharedBlocks:
                 lost, gained = server.remove(dropped), server.add(added)
                 self._mesh.announcer.blocks_changed(root, gained, lost)
 
-        def from_any_thread(added: list[bytes], dropped: list[bytes]) -> None:
-            # The loop may have ended by then.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(changed, added, dropped)
-
-        cache.on_change = from_any_thread
+        tell_on_loop(cache, changed)
         self._mesh.announcer.blocks_changed(root, server.add(cache.all_keys()), gone)
 
     def _governor(self) -> Governor:
@@ -281,6 +275,18 @@ class SharedBlocks:
                 return True
             await asyncio.sleep(STORE_POLL_S)
         return False
+
+
+def tell_on_loop(cache: PrefixCache, changed: Callable[[list[bytes], list[bytes]], None]) -> None:
+    """Tell `changed` on this loop which keys of exact blocks a cache, whose threads are many, has gained and lost."""
+    loop = asyncio.get_running_loop()
+
+    def from_any_thread(added: list[bytes], dropped: list[bytes]) -> None:
+        # The loop may have ended by then.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(changed, added, dropped)
+
+    cache.on_change = from_any_thread
 
 
 def _idle_for(replica: LocalReplica, request: GenerateRequest) -> bool:

@@ -8,7 +8,6 @@ knows and as far as it trusts it. Nobody can push KV to anybody.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from swarmcpp.swarm.fetch import PrefixQuery, fetch_prefix
 from swarmcpp.swarm.fetchcontext import FetchContext, Trust
 from swarmcpp.swarm.serving import BlockServer, Governor
 from swarmcpp.swarm.stagecall import hop
+from swarmcpp.swarming.blocks import tell_on_loop
 from swarmcpp.swarming.pipelines import OwnStage, Pipelines
 from swarmcpp.telemetry import diag
 
@@ -150,7 +150,6 @@ class StageCopies:
         cache, known = stage.supervisor.cache, self._shared.get(stage.ref)
         if cache is None or (known and known.cache is cache):
             return
-        loop = asyncio.get_running_loop()
         # What may be fetched has just been computed, which took thirty times as long: no limit is needed.
         governor = Governor(lambda: False, self._clock)
         server = BlockServer(cache.arena_root, cache.read_block, kvwire.quantise, self._context.block_id, governor)
@@ -159,12 +158,7 @@ class StageCopies:
             server.remove(dropped)
             server.add(added)
 
-        def from_any_thread(added: list[bytes], dropped: list[bytes]) -> None:
-            # The loop may have ended by then.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(changed, added, dropped)
-
-        cache.on_change = from_any_thread
+        tell_on_loop(cache, changed)
         server.add(cache.all_keys())
         self._shared[stage.ref] = _Shared(stage, cache, server)
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from engine_support import prompt_of, stories_model
@@ -20,7 +21,7 @@ from swarmcpp.pipeline import lanes
 from swarmcpp.pipeline.conductor import MAX_FAILURES, Conductor
 from swarmcpp.pipeline.finding import PATIENCE_S
 from swarmcpp.pipeline.runs import Ask, Chain, PipelinePolicy
-from swarmcpp.stages import Pass, Passed
+from swarmcpp.stages import Pass, Passed, StageRef
 from swarmcpp.testing import FakeClock
 
 SwarmMaker = Callable[..., Swarm]
@@ -352,6 +353,37 @@ async def test_a_pass_that_never_ends_is_a_failure(
     wanted = request(10, 30)
     async with head(swarm) as conductor:
         assert await run(conductor, [wanted]) == whole([wanted])
+
+
+async def test_another_chain_is_taken_at_once_when_an_engine_starts_again(swarm_of: SwarmMaker, whole: Whole) -> None:
+    swarm = swarm_of()
+    clock = FakeClock()
+    first, tail = swarm.stages
+    double = replace(tail, node="double")
+    swarm.stages[double] = swarm.stages[tail]
+    swarm.route = lambda ask: (first, double if tail.node in ask.avoid else tail)
+    opened: list[StageRef] = []
+
+    class Starting:
+        """The tail as long as its engine starts."""
+
+        async def open(self, *_: object) -> int:
+            opened.append(tail)
+            raise NotReady("the engine is starting")
+
+    around = swarm.surroundings()
+    starting: Any = Starting()
+    around = replace(around, caller=lambda ref: starting if ref == tail else swarm.stages[ref])
+
+    async def pause(seconds: float) -> None:
+        clock.advance(seconds)
+
+    conductor = Conductor(swarm.facts, policy(), around, clock, pause)
+    wanted = request(10, 20)
+    assert await run(conductor, [wanted]) == whole([wanted])
+    assert (opened, clock.now) == ([tail], 0.0)
+    await conductor.close()
+    del swarm.stages[double]
 
 
 async def test_a_reader_waits_while_an_engine_starts_again(swarm_of: SwarmMaker, whole: Whole) -> None:

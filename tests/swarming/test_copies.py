@@ -13,7 +13,7 @@ import pytest
 from block_peers import Trusting, block_id
 from swarm_support import until
 
-from swarmcpp.errors import PeerLost
+from swarmcpp.errors import PeerLost, PeerTimeout
 from swarmcpp.kv.arena import Arena, ArenaGeometry
 from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.kv.keys import KvIdentity, block_keys
@@ -43,12 +43,15 @@ class Wire:
     there: Callable[[], Node]
     asked: list[Ask] = field(default_factory=list)
     broken: bool = False
+    silent: bool = False
 
     async def ask(
         self, message: Ask, payload: Sequence[bytes | memoryview] = (), *, timeout_s: float
     ) -> tuple[Reply, list[memoryview]]:
         asked = decode(encode(message))
         self.asked.append(asked)
+        if self.silent:
+            raise PeerTimeout("no answer")
         if self.broken:
             raise PeerLost("the link broke")
         if isinstance(asked, OfferBlocks):
@@ -223,6 +226,9 @@ async def test_offers_that_cannot_be_used_do_no_harm(pair: Pair) -> None:
     there.copies.offered(here.ref, here.name, KEYS)
     there.copies.offered(there.ref, there.name, KEYS)
     there.copies.offered(there.ref, "c" * 16, KEYS)
+    here.ref = replace(here.ref, first=5)
+    there.copies.offered(there.ref, here.name, KEYS)
+    here.ref = replace(here.ref, first=4)
     await idle(there)
     assert there.wire.asked == []
     here.wire.broken = True
@@ -265,6 +271,10 @@ async def test_an_offer_of_what_its_source_has_not_costs_that_no_trust(pair: Pai
     for _ in range(5):
         there.copies.offered(there.ref, here.name, KEYS)
         await idle(here, there)
+    there.wire.silent = True
+    there.copies.offered(there.ref, here.name, KEYS)
+    await idle(there)
+    there.wire.silent = False
     assert all(kind != "late" for kind, *_ in there.trust.told)
     before = len(there.wire.asked)
     there.copies.offered(there.ref, here.name, [*KEYS, KEYS[0]])
