@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml native/CMakeLists.txt native/module.cpp native/cmake-args.sh
+$(STAMP): pyproject.toml native/CMakeLists.txt native/cmake-args.sh $(wildcard native/*.cpp native/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	CMAKE_ARGS="$$(sh native/cmake-args.sh) $$CMAKE_ARGS" $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $(STAMP)

@@ -10,7 +10,10 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
+
+#include "ggml_backend.h"
 
 namespace nb = nanobind;
 
@@ -118,6 +121,10 @@ NB_MODULE(_native, m) {
           "Whether every IEEE half in a byte array (little-endian, shape (n,)) is finite.");
     m.def("all_finite_f32", &all_finite_f32, nb::arg("address"), nb::arg("count"),
           "Whether all of `count` floats at an address are finite.");
+    m.def("q8_backend_problem", &swarmcpp::q8_backend_problem,
+          "Why this machine or build cannot have the kernel for Q8_0 matrices; empty when it can.");
+    m.def("register_q8_backend", &swarmcpp::register_q8_backend, nb::arg("addresses"),
+          "Let ggml multiply Q8_0 matrices with a kernel of this module; why not, or empty.");
     nb::class_<LayerTap>(m, "LayerTap", "Takes one tensor's F32 rows out of every graph of one context.")
         .def(nb::init<std::string, uintptr_t, uintptr_t, uintptr_t>(), nb::arg("tensor"), nb::arg("get_name"),
              nb::arg("n_bytes"), nb::arg("tensor_get"),

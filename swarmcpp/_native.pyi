@@ -12,6 +12,16 @@ def all_finite_f16(bytes: npt.NDArray[np.uint8]) -> bool:
 def all_finite_f32(address: int, count: int) -> bool:
     """Whether all of `count` floats (32 bits) at an address are finite. The address must be that of as many."""
 
+def q8_backend_problem() -> str:
+    """Why this machine or this build cannot have the kernel for Q8_0 matrices; empty when it can."""
+
+def register_q8_backend(addresses: dict[str, int]) -> str:
+    """Let ggml multiply Q8_0 matrices with a kernel of this module (native/q8_matmul.h), for the rest of this process.
+
+    `addresses` are those of ggml's functions, by name (see native/ggml_backend.cpp). Empty when that is so now;
+    otherwise why not, and nothing has changed: the CPU or the build lacks something, or ggml is another version.
+    """
+
 class LayerTap:
     """Takes one tensor's F32 rows out of every graph of one context, and ends the graph there. Not thread-safe."""
 

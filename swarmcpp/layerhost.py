@@ -153,12 +153,14 @@ class LayerHost:
     def _options(self, path: Path) -> tuple[EngineOptions, Hardware]:
         config, hardware = self._config, read_hardware()
         inference = config.inference
+        kernels = probe(config.storage.data_dir).chosen
         options = EngineOptions(
             model_path=str(path.resolve()),
             ctx_size=self._model.ctx_size,
             slots=self._model.slots,
             threads=config.engine.threads or hardware.physical_cores,
-            use_extra_bufts=probe(config.storage.data_dir).chosen.use_extra_bufts,
+            use_extra_bufts=kernels.use_extra_bufts,
+            q8_kernel=kernels.q8_kernel,
             prefill_chunk_tokens=inference.prefill_chunk_tokens,
             prefill_budget_s=inference.prefill_budget_ms / 1000,
             continuous_batching=inference.continuous_batching,

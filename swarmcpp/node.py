@@ -104,6 +104,7 @@ def prepare(config: Config, path: Path, name: str | None = None) -> Prepared:
         slots=slots,
         threads=config.engine.threads or hardware.physical_cores,
         use_extra_bufts=report.chosen.use_extra_bufts,
+        q8_kernel=report.chosen.q8_kernel,
         prefill_chunk_tokens=inference.prefill_chunk_tokens,
         prefill_budget_s=inference.prefill_budget_ms / 1000,
         continuous_batching=inference.continuous_batching,

@@ -36,6 +36,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     slots: int
     threads: int
     use_extra_bufts: bool
+    q8_kernel: bool
+    """See `llama.probe.Candidate`."""
     prefill_chunk_tokens: int
     prefill_budget_s: float
     continuous_batching: bool

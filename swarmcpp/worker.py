@@ -78,12 +78,15 @@ def _run_engine(options: EngineOptions, link: WorkerLink, abort_file: Path) -> N
     from swarmcpp.engine.abortflag import AbortFlag
     from swarmcpp.engine.stageloop import StageLoop
     from swarmcpp.kv.arena import ArenaFile, ArenaGeometry
+    from swarmcpp.llama import lib
     from swarmcpp.llama.context import Model
     from swarmcpp.llama.stage import LlamaStage
 
     if options.diag:
         logging.getLogger("swarmcpp").setLevel(logging.DEBUG)
     abort = AbortFlag(abort_file, create=False)
+    if options.q8_kernel:
+        lib.use_q8_kernel()
     model = Model(Path(options.model_path), use_extra_bufts=options.use_extra_bufts, progress=_Progress(link).report)
     context, backend = _open_stage(options, model) if options.stage else _open_whole(options, model, abort)
     layout, no_blocks = _learn(options, backend)

@@ -60,6 +60,7 @@ async def supervised(model: Path, open_cache: OpenCache | None) -> AsyncIterator
         threads=1,
         # The plain kernels are safe on every CPU.
         use_extra_bufts=False,
+        q8_kernel=False,
         prefill_chunk_tokens=128,
         prefill_budget_s=0.4,
         continuous_batching=True,

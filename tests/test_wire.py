@@ -73,6 +73,7 @@ options = st.builds(
     slots=ids,
     threads=ids,
     use_extra_bufts=st.booleans(),
+    q8_kernel=st.booleans(),
     prefill_chunk_tokens=ids,
     prefill_budget_s=numbers,
     continuous_batching=st.booleans(),

@@ -14,7 +14,8 @@ from typing import Any
 
 import llama_cpp.llama_cpp as c
 
-from swarmcpp.errors import BadModel
+from swarmcpp._native import register_q8_backend
+from swarmcpp.errors import BadModel, SwarmError
 from swarmcpp.llama.residency import forget_pages
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,45 @@ def start() -> None:
         c.llama_log_set(_log_callback, ctypes.c_void_p(0))
         c.llama_backend_init()
         _started = True
+
+
+GGML_FUNCTIONS = (
+    "ggml_backend_buft_is_host",
+    "ggml_backend_cpu_buffer_from_ptr",
+    "ggml_backend_cpu_buffer_type",
+    "ggml_backend_dev_backend_reg",
+    "ggml_backend_dev_by_type",
+    "ggml_backend_dev_name",
+    "ggml_backend_reg_name",
+    "ggml_backend_register",
+    "ggml_free",
+    "ggml_graph_n_nodes",
+    "ggml_graph_node",
+    "ggml_init",
+    "ggml_mul_mat",
+    "ggml_new_tensor_2d",
+)
+"""What a backend of our own calls (native/ggml_backend.cpp)."""
+
+
+def address(function: str) -> int:
+    """Where a function of ggml is; 0 for one that the library does not have.
+
+    Of the ggml that libllama is linked with: where a package has its libraries as copies instead of links,
+    `llama_cpp._ggml` loads another one, which has its own register of backends.
+    """
+    found = getattr(c._lib, function, None)
+    return 0 if found is None else ctypes.cast(found, ctypes.c_void_p).value or 0
+
+
+def use_q8_kernel() -> None:
+    """Let llama.cpp multiply Q8_0 matrices with the kernel of native/q8_matmul.cpp, in all contexts made from now on.
+
+    Raises SwarmError where that is not possible.
+    """
+    start()
+    if problem := register_q8_backend({name: address(name) for name in GGML_FUNCTIONS}):
+        raise SwarmError(f"the kernel for Q8_0 models {problem}")
 
 
 def recent_errors() -> str:

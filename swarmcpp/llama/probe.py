@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from swarmcpp import _native
 from swarmcpp.hardware import read_hardware
 from swarmcpp.models.synthetic import TINY, Quant, write_model
 
@@ -38,10 +39,21 @@ class Candidate:
 
     name: str
     use_extra_bufts: bool
+    q8_kernel: bool = False
+    """Q8_0 matrices are multiplied by native/q8_matmul.cpp."""
 
 
-CANDIDATES = (Candidate("repacked", use_extra_bufts=True), Candidate("plain", use_extra_bufts=False))
+CANDIDATES = (
+    Candidate("native", use_extra_bufts=True, q8_kernel=True),
+    Candidate("repacked", use_extra_bufts=True),
+    Candidate("plain", use_extra_bufts=False),
+)
 """Fastest first. The last one is the reference that the others are compared with."""
+
+
+def candidates() -> tuple[Candidate, ...]:
+    """Those that this machine and this build can have at all."""
+    return CANDIDATES[1:] if _native.q8_backend_problem() else CANDIDATES
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +101,7 @@ def probe(
 
 
 def _run_all(command: tuple[str, ...], cpu: str, library: str) -> ProbeReport:
-    runs = {candidate: _run_child(command, candidate) for candidate in CANDIDATES}
+    runs = {candidate: _run_child(command, candidate) for candidate in candidates()}
     reference = runs[CANDIDATES[-1]]
     results: list[CandidateResult] = []
     for candidate, run in runs.items():
@@ -113,7 +125,7 @@ class _Run:
 def _run_child(command: tuple[str, ...], candidate: Candidate) -> _Run:
     try:
         child = subprocess.run(
-            [*command, "1" if candidate.use_extra_bufts else "0"],
+            [*command, candidate.name],
             capture_output=True,
             timeout=TIMEOUT_S,
             stdin=subprocess.DEVNULL,
@@ -158,20 +170,22 @@ def _disagreement(logits: dict[str, list[float]], reference: dict[str, list[floa
 
 
 def _library_id() -> str:
-    """Version, size and time of the llama.cpp libraries, without loading them."""
+    """Version, size and time of the llama.cpp libraries, without loading them, and of the kernels of this package."""
     from importlib.metadata import files, version
     from importlib.util import find_spec
 
     spec = find_spec("llama_cpp")
     directory = Path(spec.origin).parent / "lib" if spec and spec.origin else None
-    parts = [version("llama-cpp-python")]
+    parts = [version("llama-cpp-python"), _file_id(Path(_native.__file__))]
     if directory and directory.is_dir():
-        parts += [
-            f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in sorted(directory.iterdir())
-        ]
+        parts += [_file_id(path) for path in sorted(directory.iterdir())]
     elif found := files("llama-cpp-python"):
         parts.append(str(len(found)))
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+
+def _file_id(path: Path) -> str:
+    return f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}"
 
 
 def _read(path: Path) -> ProbeReport | None:
@@ -205,7 +219,7 @@ def _write(path: Path, report: ProbeReport) -> None:
         return
 
 
-def _child(use_extra_bufts: bool) -> None:
+def _child(candidate: Candidate) -> None:
     """Compute tiny models with one candidate and print their logits as JSON: one row alone, then 40 rows at once."""
     import time
 
@@ -217,11 +231,13 @@ def _child(use_extra_bufts: bool) -> None:
     from swarmcpp.llama.context import Context, ContextOptions, Model
 
     begun = time.monotonic()
+    if candidate.q8_kernel:
+        lib.use_q8_kernel()
     logits: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="swarmcpp-probe-") as directory:
         for quant in QUANTS:
             path = write_model(Path(directory) / f"{quant}.gguf", TINY, quant=quant, tokenizer="none")
-            model = Model(path, use_extra_bufts=use_extra_bufts)
+            model = Model(path, use_extra_bufts=candidate.use_extra_bufts)
             context = Context(model, ContextOptions(n_ctx=256, n_seqs=1, n_threads=2))
             backend = LlamaBackend(model, context)
             backend.decode([Rows(0, 0, [1], output=True)])
@@ -240,4 +256,4 @@ def _child(use_extra_bufts: bool) -> None:
 
 
 if __name__ == "__main__":
-    _child(sys.argv[1] == "1")
+    _child(next(each for each in CANDIDATES if each.name == sys.argv[1]))

@@ -11,13 +11,13 @@ from pathlib import Path
 import llama_cpp.llama_cpp as c
 import numpy as np
 from gguf.quants import dequantize
-from llama_cpp._ggml import libggml
 
 from swarmcpp._native import LayerTap
 from swarmcpp.core import SamplerLike
 from swarmcpp.errors import BadModel, BadRequest, DecodeFailed, SwarmError
 from swarmcpp.llama.backend import LlamaBackend
 from swarmcpp.llama.context import N_UBATCH, Batch, Context, ContextOptions, Model
+from swarmcpp.llama.lib import address
 from swarmcpp.llama.rows import FloatRows, decode_rows, encode_rows
 from swarmcpp.llama.sampler import Sampler
 from swarmcpp.models.gguf_header import read_header
@@ -233,8 +233,4 @@ def ubatch_order(parts: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def _tap(tensor: str) -> LayerTap:
-    return LayerTap(tensor, *(_address(name) for name in ("ggml_get_name", "ggml_nbytes", "ggml_backend_tensor_get")))
-
-
-def _address(function: str) -> int:
-    return ctypes.cast(getattr(libggml, function), ctypes.c_void_p).value or 0
+    return LayerTap(tensor, *(address(name) for name in ("ggml_get_name", "ggml_nbytes", "ggml_backend_tensor_get")))
