@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from swarmcpp import _native
+from swarmcpp._native import q8_backend_problem
 from swarmcpp.hardware import read_hardware
 from swarmcpp.models.synthetic import TINY, Quant, write_model
 
@@ -53,7 +54,7 @@ CANDIDATES = (
 
 def candidates() -> tuple[Candidate, ...]:
     """Those that this machine and this build can have at all."""
-    return CANDIDATES[1:] if _native.q8_backend_problem() else CANDIDATES
+    return CANDIDATES[1:] if q8_backend_problem() else CANDIDATES
 
 
 @dataclass(frozen=True, slots=True)

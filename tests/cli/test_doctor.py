@@ -44,7 +44,7 @@ def report(*details: str) -> ProbeReport:
     """A probe where a candidate with a detail failed."""
     results = tuple(
         CandidateResult(candidate, not detail, detail, 0.2)
-        for candidate, detail in zip(CANDIDATES, details, strict=True)
+        for candidate, detail in zip(CANDIDATES[-len(details) :], details, strict=True)
     )
     chosen = next((result.candidate for result in results if result.ok), CANDIDATES[-1])
     return ProbeReport(chosen, results, "cpu", "library", False, "0.3.36", "CPU : AVX2 = 1")

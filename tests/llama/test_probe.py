@@ -13,15 +13,16 @@ import psutil
 import pytest
 from engine_support import poll
 
+from swarmcpp._native import q8_backend_problem
 from swarmcpp.llama import probe as module
 from swarmcpp.llama.probe import CANDIDATES, ProbeReport, probe
 
 pytestmark = pytest.mark.e2e
 
-REPACKED, PLAIN = CANDIDATES
+NATIVE, REPACKED, PLAIN = CANDIDATES
 PREAMBLE = """\
 import json, os, signal, sys, time
-extra = sys.argv[1] == "1"
+extra = sys.argv[1] != "plain"
 with open({log!r}, "a") as log:
     log.write(sys.argv[1] + " " + str(os.getpid()) + "\\n")
 
@@ -53,6 +54,36 @@ class Child:
 def run(tmp_path: Path) -> Callable[[str], ProbeReport]:
     """Probes with a child of the given body."""
     return lambda body: probe(tmp_path / "data", command=Child(tmp_path, body).command)
+
+
+@pytest.fixture(autouse=True)
+def another_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that cannot have this package's own kernel, unless a test says otherwise."""
+    monkeypatch.setattr(module, "q8_backend_problem", lambda: "needs what this CPU has not")
+
+
+@pytest.fixture
+def capable_cpu(monkeypatch: pytest.MonkeyPatch, another_cpu: None) -> None:
+    monkeypatch.setattr(module, "q8_backend_problem", str)
+
+
+@pytest.mark.usefixtures("capable_cpu")
+def test_the_own_kernel_comes_first_where_it_can_run(run: Callable[[str], ProbeReport]) -> None:
+    report = run("answer(GOOD)")
+    assert report.chosen == NATIVE
+    assert [result.candidate for result in report.results] == [NATIVE, REPACKED, PLAIN]
+
+
+@pytest.mark.usefixtures("capable_cpu")
+@pytest.mark.parametrize(
+    "body",
+    [
+        "sys.argv[1] == 'native' and sys.exit(3)\nanswer(GOOD)",
+        "answer(GOOD | {'Q8_0': [0.0, 5.0, 10.0]} if sys.argv[1] == 'native' else GOOD)",
+    ],
+)
+def test_an_own_kernel_that_fails_or_lies_is_not_chosen(run: Callable[[str], ProbeReport], body: str) -> None:
+    assert run(body).chosen == REPACKED
 
 
 def test_the_fastest_that_agrees_is_chosen(run: Callable[[str], ProbeReport]) -> None:
@@ -131,7 +162,7 @@ def test_a_child_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.Monkey
     report = probe(tmp_path / "data", command=child.command)
     assert report.chosen == PLAIN
     assert report.results[0].detail == "did not finish within 1 s"
-    [(_, pid)] = [one for one in child.runs if one[0] == "1"]
+    [(_, pid)] = [one for one in child.runs if one[0] == "repacked"]
     poll(lambda: not psutil.pid_exists(pid), "the child is gone")
 
 
@@ -144,7 +175,7 @@ def test_a_command_that_does_not_exist_is_a_failed_candidate(tmp_path: Path) -> 
 def test_the_answer_is_remembered(tmp_path: Path) -> None:
     child = Child(tmp_path, "extra and sys.exit(3)\nanswer(GOOD)")
     first = probe(tmp_path / "data", command=child.command)
-    assert [kind for kind, _ in child.runs] == ["1", "0"]
+    assert [kind for kind, _ in child.runs] == ["repacked", "plain"]
     second = probe(tmp_path / "data", command=child.command)
     assert len(child.runs) == 2
     assert (first.cached, second.cached) == (False, True)
@@ -180,20 +211,23 @@ def test_a_data_directory_that_cannot_be_written_is_no_obstacle(tmp_path: Path) 
         assert len(child.runs) == runs
 
 
-def test_the_real_probe(tmp_path: Path) -> None:
+def test_the_real_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On any machine it ends with kernels that work; here a crash of the faster ones is an answer, not an error."""
+    monkeypatch.setattr(module, "q8_backend_problem", q8_backend_problem)
     report = probe(tmp_path)
     chosen = next(result for result in report.results if result.candidate == report.chosen)
     assert chosen.ok, chosen.detail
     assert report.llama_version
     assert "=" in report.system_info
     assert probe(tmp_path).cached
+    if not q8_backend_problem():
+        assert report.chosen == NATIVE, report.results[0].detail
 
 
 def test_the_real_child_answers_on_its_own() -> None:
-    """`python -m swarmcpp.llama.probe 0` prints one line of JSON at the end."""
+    """`python -m swarmcpp.llama.probe plain` prints one line of JSON at the end."""
     child = subprocess.run(
-        (sys.executable, "-m", "swarmcpp.llama.probe", "0"), capture_output=True, check=True, env=dict(os.environ)
+        (sys.executable, "-m", "swarmcpp.llama.probe", "plain"), capture_output=True, check=True, env=dict(os.environ)
     )
     answer = json.loads(child.stdout.splitlines()[-1])
     assert set(answer["logits"]) == {"Q8_0", "Q4_0"}
