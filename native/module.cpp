@@ -5,8 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -14,6 +16,7 @@
 #include <nanobind/stl/string.h>
 
 #include "ggml_backend.h"
+#include "q8_matmul.h"
 
 namespace nb = nanobind;
 
@@ -111,6 +114,33 @@ private:
     bool overflowed_ = false;
 };
 
+using Matrix = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Product = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// rows x matrix^T by the kernel alone, on one thread.
+void q8_product(const Matrix &matrix, const Floats &rows, Product out) {
+    using namespace swarmcpp;
+    const size_t n_blocks = matrix.shape(1) / Q8_BLOCK_BYTES, n_rows = matrix.shape(0), n_columns = rows.shape(0);
+    if (matrix.shape(1) != n_blocks * Q8_BLOCK_BYTES || rows.shape(1) != n_blocks * Q8_BLOCK ||
+        out.shape(0) != n_columns || out.shape(1) != n_rows || n_columns == 0) {
+        throw std::invalid_argument("the shapes do not fit");
+    }
+    if (const std::string problem = q8_backend_problem(); !problem.empty()) {
+        throw std::runtime_error(problem);
+    }
+    std::vector<Q8Activation> activations(n_columns * n_blocks);
+    std::vector<Q8Panel> scratch(n_blocks);
+    for (size_t c = 0; c < n_columns; ++c) {
+        q8_quantize(rows.data() + c * rows.shape(1), static_cast<int64_t>(n_blocks), &activations[c * n_blocks]);
+    }
+    const Q8Matrix weights{matrix.data(), matrix.shape(1), static_cast<int64_t>(n_rows), static_cast<int64_t>(n_blocks)};
+    const Columns columns{activations.data(), out.data(), static_cast<int64_t>(n_rows), static_cast<int64_t>(n_columns)};
+    for (int64_t row = 0; row < weights.n_rows; row += PANEL) {
+        q8_multiply_panel(weights, row, columns, scratch.data());
+    }
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -125,6 +155,8 @@ NB_MODULE(_native, m) {
           "Why this machine or build cannot have the kernel for Q8_0 matrices; empty when it can.");
     m.def("register_q8_backend", &swarmcpp::register_q8_backend, nb::arg("addresses"),
           "Let ggml multiply Q8_0 matrices with a kernel of this module; why not, or empty.");
+    m.def("q8_product", &q8_product, nb::arg("matrix"), nb::arg("rows"), nb::arg("out").noconvert(),
+          "rows x matrix^T by the kernel alone.");
     nb::class_<LayerTap>(m, "LayerTap", "Takes one tensor's F32 rows out of every graph of one context.")
         .def(nb::init<std::string, uintptr_t, uintptr_t, uintptr_t>(), nb::arg("tensor"), nb::arg("get_name"),
              nb::arg("n_bytes"), nb::arg("tensor_get"),

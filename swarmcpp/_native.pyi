@@ -22,6 +22,12 @@ def register_q8_backend(addresses: dict[str, int]) -> str:
     otherwise why not, and nothing has changed: the CPU or the build lacks something, or ggml is another version.
     """
 
+def q8_product(matrix: npt.NDArray[np.uint8], rows: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> None:
+    """What the kernel alone makes of `rows` (n, k) and a Q8_0 matrix (m, k / 32 * 34) in `out` (n, m); for tests of it.
+
+    Raises ValueError for shapes that do not fit, RuntimeError where `q8_backend_problem` has something to say.
+    """
+
 class LayerTap:
     """Takes one tensor's F32 rows out of every graph of one context, and ends the graph there. Not thread-safe."""
 
