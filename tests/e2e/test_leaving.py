@@ -24,7 +24,7 @@ LONG_PROMPT = [(7 * at) % 250 for at in range(6000)]
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("slow") / "slow.gguf", SLOW, quant="Q8_0")
+    return write_model(tmp_path_factory.mktemp("slow") / "slow.gguf", SLOW, quant="F16")
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def damaged(token: str) -> str:
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "slow.gguf", SLOW, quant="Q8_0")
+    return write_model(tmp_path_factory.mktemp("model") / "slow.gguf", SLOW, quant="F16")
 
 
 @pytest.fixture(scope="module")

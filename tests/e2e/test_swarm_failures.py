@@ -37,7 +37,7 @@ def story(text: str) -> Body:
 @pytest.fixture(scope="module")
 def three(stories: Path, tmp_path_factory: pytest.TempPathFactory, new_data_dir: DataDirMaker) -> Iterator[Swarm]:
     """Ann and Cid serve the stories; Bob, who serves another model, asks them for his clients."""
-    slow = write_model(tmp_path_factory.mktemp("model") / "slow.gguf", SLOW, quant="Q8_0")
+    slow = write_model(tmp_path_factory.mktemp("model") / "slow.gguf", SLOW, quant="F16")
     models = {"Ann": stories, "Bob": slow, "Cid": stories}
     seats = {name: Seat(name, new_data_dir()) for name in models}
     with swarm(models, seats, "--slots", "4", "--ctx-size", "2048") as whole:
