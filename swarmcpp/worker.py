@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from swarmcpp.core import KvLayout
 from swarmcpp.errors import SnapshotError, SwarmError
-from swarmcpp.hardware import settle
-from swarmcpp.swarm.link import WorkerLink
+from swarmcpp.hardware import settle, share_heaps
+from swarmcpp.swarm.workerlink import WorkerLink
 from swarmcpp.wire import EngineLink, EngineOptions, Fault, Load, LoadProgress, Ready, Stop, UseArena
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ PROGRESS_STEP = 0.01
 
 def main() -> int:
     """Run one engine; the exit code is 0 after Stop, 1 after a Fault."""
+    share_heaps()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     ticket = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_with_node, args=(sys.stdin,), daemon=True).start()

@@ -14,8 +14,10 @@ import pytest
 
 from swarmcpp.core import EngineStats
 from swarmcpp.errors import EngineFailed, WireError
-from swarmcpp.swarm import link as module
-from swarmcpp.swarm.link import NodeLink, WorkerLink
+from swarmcpp.swarm import framing as module
+from swarmcpp.swarm import link, workerlink
+from swarmcpp.swarm.link import NodeLink
+from swarmcpp.swarm.workerlink import WorkerLink
 from swarmcpp.wire import MAX_FRAME, MAX_TENSOR, Cancel, Fault, LoadProgress, StepOut, Stop, TokenOut, encode
 
 DEADLINE_S = 10.0
@@ -145,11 +147,11 @@ async def test_a_length_over_the_limit_ends_the_link_before_its_bytes_are_kept(
 ) -> None:
     with connected(node) as worker:
         await greet(node, worker)
-        worker._socket.sendall(module._HEADER.pack(*header))
+        worker._socket.sendall(module.HEADER.pack(*header))
         error = await node.end()
         assert isinstance(error, WireError) and str(max(header)) in str(error)
         assert node.link._transport is not None
-        node.link._transport.write(module._HEADER.pack(*header))
+        node.link._transport.write(module.HEADER.pack(*header))
         with pytest.raises(WireError, match=str(max(header))):
             await heard(worker)
 
@@ -175,7 +177,7 @@ async def test_a_message_that_comes_in_pieces_is_put_together(node: Node) -> Non
     with connected(node) as worker:
         await greet(node, worker)
         message = encode(Fault("x", "y" * 100))
-        data = module._HEADER.pack(len(message), 3) + message + b"abc"
+        data = module.HEADER.pack(len(message), 3) + message + b"abc"
         for byte in data:
             worker._socket.sendall(bytes((byte,)))
             await asyncio.sleep(0)
@@ -183,7 +185,7 @@ async def test_a_message_that_comes_in_pieces_is_put_together(node: Node) -> Non
         assert node.link._transport is not None
         message = encode(Cancel(7))
         waiting = asyncio.create_task(heard(worker))
-        for piece in (module._HEADER.pack(len(message), 2), message[:1], message[1:] + b"d", b"e"):
+        for piece in (module.HEADER.pack(len(message), 2), message[:1], message[1:] + b"d", b"e"):
             node.link._transport.write(piece)
             await asyncio.sleep(0.01)
         assert await waiting == Cancel(7)
@@ -195,11 +197,11 @@ async def test_what_is_no_message_ends_the_link_and_nothing_after_it_is_taken(no
     with connected(node) as worker:
         await greet(node, worker)
         for data in (b"rubbish", encode(LoadProgress(1.0))):
-            worker._socket.sendall(module._HEADER.pack(len(data), module._NO_FRAME) + data)
+            worker._socket.sendall(module.HEADER.pack(len(data), module._NO_FRAME) + data)
         assert isinstance(await node.end(), WireError)
         assert node.got.empty()
         assert node.link._transport is not None
-        node.link._transport.write(module._HEADER.pack(7, module._NO_FRAME) + b"rubbish")
+        node.link._transport.write(module.HEADER.pack(7, module._NO_FRAME) + b"rubbish")
         node.send(Stop())
         with pytest.raises(WireError):
             await heard(worker)
@@ -228,7 +230,7 @@ async def test_sending_to_nobody_fails_at_once(node: Node) -> None:
 
 async def test_an_engine_that_stops_reading_is_noticed(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits is bounded: sends fail instead of filling the memory."""
-    monkeypatch.setattr(module, "MAX_UNSENT", 4 << 20)
+    monkeypatch.setattr(link, "MAX_UNSENT", 4 << 20)
     with connected(node) as worker:
         await greet(node, worker)
         fault = Fault("x", "y" * 60_000)
@@ -297,7 +299,7 @@ async def test_last_words_arrive_though_the_node_writes_meanwhile(node: Node) ->
     closing = threading.Thread(target=worker.close)
     closing.start()
     # Until it has said its last; this thread's loop has read nothing of it yet.
-    while worker._socket.fileno() >= 0 and worker._socket.gettimeout() != module.LINGER_S:
+    while worker._socket.fileno() >= 0 and worker._socket.gettimeout() != workerlink.LINGER_S:
         closing.join(0.001)
     node.send(Cancel(1), bytes(1 << 20))
     node.send(Cancel(2))

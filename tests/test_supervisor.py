@@ -380,10 +380,11 @@ async def test_a_command_that_does_not_exist_is_a_failure(tiny: Path, tmp_path: 
 
 RUBBISH = """
 import json, sys, time
-from swarmcpp.swarm import link as module
-link = module.WorkerLink(json.loads(sys.stdin.readline()))
+from swarmcpp.swarm.framing import HEADER
+from swarmcpp.swarm.workerlink import WorkerLink
+link = WorkerLink(json.loads(sys.stdin.readline()))
 frame = {frame!r}
-link._socket.sendall(module._HEADER.pack(len(frame), module._NO_FRAME) + frame)
+link._socket.sendall(HEADER.pack(len(frame), 0xFFFFFFFF) + frame)
 time.sleep(600)
 """
 
@@ -408,7 +409,7 @@ async def test_an_engine_that_floods_its_stderr_cannot_block(tiny: Path) -> None
 SCRIPTED = """
 import json, os, sys
 from swarmcpp.core import EngineStats
-from swarmcpp.swarm.link import WorkerLink
+from swarmcpp.swarm.workerlink import WorkerLink
 from swarmcpp.wire import Fault, LoadProgress, Ready, StepOut, Submit, TokenOut
 link = WorkerLink(json.loads(sys.stdin.readline()))
 link.send(LoadProgress(0.0))

@@ -17,6 +17,7 @@ from swarmcpp.commands.pull import download_async, progress_text, user_catalogue
 from swarmcpp.commands.swarm import in_swarm
 from swarmcpp.config import Config, LoadedConfig
 from swarmcpp.errors import BadConfig, BadModel, DownloadFailed, SwarmUnreachable
+from swarmcpp.hardware import share_heaps
 from swarmcpp.layerhost import Obtain, SharedModel
 from swarmcpp.models.download import PullProgress
 from swarmcpp.models.inspect import inspect
@@ -46,6 +47,7 @@ def run(loaded: LoadedConfig, token: str | None) -> None:
     """Join and serve until SIGINT or SIGTERM. Raises StartupError when that cannot be."""
     store = SwarmStore(loaded.config.storage.data_dir)
     state = _remember(store, token)
+    share_heaps()
     asyncio.run(_join(loaded.config, store, state, terminal.stderr()))
 
 

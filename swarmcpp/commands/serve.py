@@ -21,7 +21,7 @@ from swarmcpp.commands.pull import download, user_catalogue
 from swarmcpp.commands.swarm import in_swarm
 from swarmcpp.config import Config, LoadedConfig, is_loopback
 from swarmcpp.errors import BadConfig
-from swarmcpp.hardware import settle
+from swarmcpp.hardware import settle, share_heaps
 from swarmcpp.models import embedded
 from swarmcpp.models.download import resolve_model
 from swarmcpp.models.inspect import inspect
@@ -37,6 +37,7 @@ def run(loaded: LoadedConfig) -> None:
     """Serve until SIGINT or SIGTERM. Raises StartupError when it cannot start, SwarmError when it cannot go on."""
     console = terminal.stderr()
     path, name = find_model(loaded.config, console)
+    share_heaps()
     asyncio.run(_run(loaded.config, path, name, console))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import llama_cpp.llama_cpp as c
 
 from swarmcpp._native import register_q8_backend
 from swarmcpp.errors import BadModel, SwarmError
-from swarmcpp.llama.residency import forget_pages
+from swarmcpp.llama.residency import forget_pages, take_out
+from swarmcpp.models.gguf_header import read_header
+from swarmcpp.models.inspect import inspect
 
 logger = logging.getLogger(__name__)
 
@@ -141,5 +144,16 @@ def load_model(path: Path, *, use_extra_bufts: bool, vocab_only: bool, progress:
         reason = recent_errors() or "llama.cpp gave no reason"
         raise BadModel(f"{path}: llama.cpp cannot load this model: {reason}")
     if use_extra_bufts and not vocab_only:
-        forget_pages(path)
+        _forget_repacked(path)
     return pointer
+
+
+def _forget_repacked(path: Path) -> None:
+    """Keep of a loaded file's pages only what is used there."""
+    # What llama.cpp could load and these cannot read costs memory, no more.
+    with suppress(BadModel):
+        for part in inspect(path).files:
+            # Norms and biases, which are never repacked.
+            small = [tensor for tensor in read_header(part).tensors if len(tensor.shape) == 1]
+            take_out(part, [(tensor.offset, tensor.offset + tensor.n_bytes) for tensor in small])
+    forget_pages(path)

@@ -11,41 +11,29 @@ threads, just when the caches are full of weights (see docs/architecture.md).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import logging
 import os
 import secrets
-import select
 import socket
-import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from swarmcpp.errors import EngineFailed, WireError
-from swarmcpp.wire import MAX_FRAME, MAX_TENSOR, Buffer, FromEngine, Stop, ToEngine, decode, encode
+from swarmcpp.swarm.framing import HEADER, Ticket, pieces, sizes
+from swarmcpp.wire import Buffer, FromEngine, ToEngine, decode, encode
 
 MAX_UNSENT: Final = 512 << 20
 """Bytes that may wait for an engine. Admission bounds what a node sends below; one that far behind does not read."""
 
 RETRY_S: Final = 0.05
-LINGER_S: Final = 1.0
-
-_HEADER = struct.Struct("<II")
-"""Bytes of the message, and of the frame beside it."""
-
-_NO_FRAME: Final = 0xFFFFFFFF
 _SECRET_BYTES: Final = 32
-_READ: Final = 1 << 18
 _UNIX_PATH: Final = 100
 """Characters that the path of a Unix socket may have everywhere (macOS: 103)."""
 
 logger = logging.getLogger(__name__)
-
-Ticket = dict[str, str]
-"""What an engine needs to connect; handed over on its stdin, never on the command line."""
 
 OnMessage = Callable[[FromEngine, bytes | None], None]
 """Takes a message and the frame beside it. What it raises ends the link."""
@@ -162,11 +150,11 @@ class NodeLink:
     def send(self, message: ToEngine, frame: Buffer | None = None) -> None:
         """Queue a message, with at most one frame beside it. Raises EngineFailed when the engine is not there or has
         stopped reading, WireError for more than a message or a frame may have."""
-        pieces = _pieces(encode(message), frame)
+        parts = pieces(encode(message), frame)
         transport = self._transport
         if transport is None or transport.is_closing() or transport.get_write_buffer_size() > MAX_UNSENT:
             raise EngineFailed("the engine does not read its messages")
-        transport.write(b"".join(pieces))
+        transport.write(b"".join(parts))
 
     def close(self) -> None:
         """Close the endpoint; unsent messages are dropped."""
@@ -204,14 +192,14 @@ class _Stream(asyncio.Protocol):
                 self._transport.abort()
                 return
             self._admitted, at = True, _SECRET_BYTES
-        while len(buffer) - at >= _HEADER.size:
+        while len(buffer) - at >= HEADER.size:
             try:
-                size, beside = _sizes(buffer, at)
+                size, beside = sizes(buffer, at)
             except WireError as error:
                 # Where the next message begins cannot be known any more.
                 self._link.end(error)
                 return
-            start = at + _HEADER.size
+            start = at + HEADER.size
             middle, end = start + size, start + size + max(beside, 0)
             if len(buffer) < end:
                 break
@@ -225,80 +213,3 @@ class _Stream(asyncio.Protocol):
         if self._admitted:
             self._link._lost = True
             self._link.end()
-
-
-class WorkerLink:
-    """The engine's end. Satisfies `wire.EngineLink` and `wire.StageLink`."""
-
-    def __init__(self, ticket: Ticket) -> None:
-        """Raises OSError when the node is not there."""
-        self.frame: bytes | None = None
-        kind, _, where = ticket["endpoint"].partition(":")
-        if kind == "unix":
-            self._socket = socket.socket(socket.AF_UNIX)
-            self._socket.connect(where)
-        else:
-            self._socket = socket.create_connection(("127.0.0.1", int(where)))
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket.sendall(bytes.fromhex(ticket["secret"]))
-        self._buffer = b""
-        """What was read beyond the last message."""
-
-    def receive(self, timeout_s: float) -> ToEngine | None:
-        """See `wire.EngineLink`. Stop when the node has closed its end."""
-        if not self._buffer and not select.select([self._socket], [], [], timeout_s)[0]:
-            return None
-        if not self._fill(_HEADER.size):
-            return Stop()
-        size, beside = _sizes(self._buffer, 0)
-        middle = _HEADER.size + size
-        end = middle + max(beside, 0)
-        if not self._fill(end):
-            return Stop()
-        buffer, self._buffer = self._buffer, self._buffer[end:]
-        self.frame = buffer[middle:end] if beside >= 0 else None
-        return decode(buffer[_HEADER.size : middle])  # type: ignore[return-value]
-
-    def _fill(self, size: int) -> bool:
-        """Read until `size` bytes are there; False at the end of the stream. A node writes whole messages."""
-        if len(self._buffer) >= size:
-            return True
-        pieces, count = [self._buffer], len(self._buffer)
-        while count < size:
-            piece = self._socket.recv(max(_READ, size - count))
-            if not piece:
-                return False
-            pieces.append(piece)
-            count += len(piece)
-        self._buffer = b"".join(pieces)
-        return True
-
-    def send(self, message: FromEngine, frame: Buffer | None = None) -> None:
-        """See `wire.StageLink`. Waits while the node does not read. Raises ConnectionError when it is gone."""
-        self._socket.sendall(b"".join(_pieces(encode(message), frame)))
-
-    def close(self, linger_s: float = LINGER_S) -> None:
-        """Close when the node has read all, or after `linger_s`: what it writes meanwhile must not cost it that."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)
-            self._socket.settimeout(linger_s)
-            while linger_s and self._socket.recv(_READ):
-                pass
-        self._socket.close()
-
-
-def _pieces(message: bytes, frame: Buffer | None) -> tuple[Buffer, ...]:
-    if frame is None:
-        return _HEADER.pack(len(message), _NO_FRAME), message
-    size = memoryview(frame).nbytes
-    if size > MAX_TENSOR:
-        raise WireError(f"{size} bytes beside a message, where {MAX_TENSOR} are the limit; send fewer rows")
-    return _HEADER.pack(len(message), size), message, frame
-
-
-def _sizes(buffer: Buffer, at: int) -> tuple[int, int]:
-    """Bytes of the message whose header is at `at`, and of the frame beside it: -1 without. Raises WireError."""
-    size, beside = _HEADER.unpack_from(buffer, at)
-    if size > MAX_FRAME or (beside != _NO_FRAME and beside > MAX_TENSOR):
-        raise WireError(f"a message of {size} bytes with {beside} beside it; {MAX_FRAME} and {MAX_TENSOR} are the most")
-    return size, -1 if beside == _NO_FRAME else beside

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from swarmcpp.llama.context import Context, ContextOptions, Model
 from swarmcpp.llama.probe import probe
-from swarmcpp.llama.residency import forget_pages
+from swarmcpp.llama.residency import forget_pages, take_out
 from swarmcpp.models.synthetic import Shape, write_model
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -61,6 +62,34 @@ def test_all_files_of_a_split_model_are_meant(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_mapped_is_none(tmp_path: Path) -> None:
     assert forget_pages(tmp_path / "absent") == 0
+
+
+def test_copies_take_the_place_of_pages(tmp_path: Path) -> None:
+    page = mmap.PAGESIZE
+    path, data = tmp_path / "file", bytes(range(251)) * (64 * page // 251)
+    path.write_bytes(data)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        # Two in one page, one over a border, and what the file does not have.
+        ranges = [(10 * page + 5, 10 * page + 9), (10, 20), (10 * page + 100, 11 * page + 1), (200 * page, 201 * page)]
+        assert take_out(path, ranges) == 3 * page
+        assert mapped[:] == data
+        os.pwrite(file.fileno(), bytes(64 * page), 0)
+        kept = {0, 10, 11}
+        for number in range(len(data) // page):
+            part = slice(number * page, (number + 1) * page)
+            assert mapped[part] == (data[part] if number in kept else bytes(page)), number
+    assert take_out(path, ranges) == 0
+
+
+def test_what_is_used_brings_nothing_else_back(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(16 << 20))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert len(mapped[:]) == resident(path)
+        take_out(path, [(1 << 20, (1 << 20) + 100), (9 << 20, (9 << 20) + 100)])
+        forget_pages(path)
+        assert mapped[1 << 20] == mapped[(9 << 20) + 99] == 0
+        assert resident(path) == 0
 
 
 def test_weights_that_are_repacked_are_not_there_twice(tmp_path: Path) -> None:

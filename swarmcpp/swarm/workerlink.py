@@ -1,0 +1,73 @@
+"""The engine's end of the link to its node (swarm/link.py). Without asyncio, which no engine needs: 9 MiB of each."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+from typing import Final
+
+from swarmcpp.swarm.framing import HEADER, READ_BYTES, Ticket, pieces, sizes
+from swarmcpp.wire import Buffer, FromEngine, Stop, ToEngine, decode, encode
+
+LINGER_S: Final = 1.0
+
+
+class WorkerLink:
+    """The engine's end. Satisfies `wire.EngineLink` and `wire.StageLink`."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        """Raises OSError when the node is not there."""
+        self.frame: bytes | None = None
+        kind, _, where = ticket["endpoint"].partition(":")
+        if kind == "unix":
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.connect(where)
+        else:
+            self._socket = socket.create_connection(("127.0.0.1", int(where)))
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket.sendall(bytes.fromhex(ticket["secret"]))
+        self._buffer = b""
+        """What was read beyond the last message."""
+
+    def receive(self, timeout_s: float) -> ToEngine | None:
+        """See `wire.EngineLink`. Stop when the node has closed its end."""
+        if not self._buffer and not select.select([self._socket], [], [], timeout_s)[0]:
+            return None
+        if not self._fill(HEADER.size):
+            return Stop()
+        size, beside = sizes(self._buffer, 0)
+        middle = HEADER.size + size
+        end = middle + max(beside, 0)
+        if not self._fill(end):
+            return Stop()
+        buffer, self._buffer = self._buffer, self._buffer[end:]
+        self.frame = buffer[middle:end] if beside >= 0 else None
+        return decode(buffer[HEADER.size : middle])  # type: ignore[return-value]
+
+    def _fill(self, size: int) -> bool:
+        """Read until `size` bytes are there; False at the end of the stream. A node writes whole messages."""
+        if len(self._buffer) >= size:
+            return True
+        read, count = [self._buffer], len(self._buffer)
+        while count < size:
+            piece = self._socket.recv(max(READ_BYTES, size - count))
+            if not piece:
+                return False
+            read.append(piece)
+            count += len(piece)
+        self._buffer = b"".join(read)
+        return True
+
+    def send(self, message: FromEngine, frame: Buffer | None = None) -> None:
+        """See `wire.StageLink`. Waits while the node does not read. Raises ConnectionError when it is gone."""
+        self._socket.sendall(b"".join(pieces(encode(message), frame)))
+
+    def close(self, linger_s: float = LINGER_S) -> None:
+        """Close when the node has read all, or after `linger_s`: what it writes meanwhile must not cost it that."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+            self._socket.settimeout(linger_s)
+            while linger_s and self._socket.recv(READ_BYTES):
+                pass
+        self._socket.close()
