@@ -27,7 +27,6 @@ from swarmcpp.hardware import (
     read_cgroup,
     read_hardware,
     settle,
-    share_heaps,
     usable_cores,
 )
 
