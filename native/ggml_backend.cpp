@@ -7,7 +7,6 @@
 #include <cstring>
 #include <memory>
 #include <new>
-#include <utility>
 #include <vector>
 
 #include "ggml_abi.h"
@@ -48,30 +47,10 @@ int op_mul_mat = -1;
 constexpr int64_t BATCH_BYTES = 256 * 1024;
 constexpr int64_t MIN_ROWS = PANEL;
 
-struct Panels {
-    Q8Panel *at = nullptr;
-    int64_t size = 0;
-    ~Panels() { operator delete[](at, std::align_val_t(alignof(Q8Panel))); }
-    Panels() = default;
-    Panels(const Panels &) = delete;
-    Panels &operator=(const Panels &) = delete;
-    Panels(Panels &&other) noexcept : at(std::exchange(other.at, nullptr)), size(std::exchange(other.size, 0)) {}
-
-    void reserve(int64_t n) {
-        if (n > size) {
-            operator delete[](at, std::align_val_t(alignof(Q8Panel)));
-            at = nullptr;
-            at = new Q8Panel[static_cast<size_t>(n)];
-            size = n;
-        }
-    }
-};
-
 struct Work {
     int n_threads = 1;
     std::vector<Q8Activation> activations;
-    std::vector<Panels> panels;  // of each thread
-
+    std::vector<std::vector<Q8Panel>> panels;  // of each thread
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -101,8 +80,8 @@ void multiply(Work &work, const Tensor *op, bool same_rows) {
     const int64_t column_bytes = n_blocks * static_cast<int64_t>(sizeof(Q8Activation));
     const int64_t batch = std::max<int64_t>(TILE, BATCH_BYTES / column_bytes / TILE * TILE);
     work.activations.resize(static_cast<size_t>(n_blocks * n_columns));
-    for (Panels &panels : work.panels) {
-        panels.reserve(n_blocks);
+    for (std::vector<Q8Panel> &panels : work.panels) {
+        panels.resize(std::max(panels.size(), static_cast<size_t>(n_blocks)));
     }
     Q8Activation *activations = work.activations.data();
     const auto multiply_panel = [&](int64_t batch_first, int64_t panel, Q8Panel *scratch) {
@@ -122,7 +101,7 @@ void multiply(Work &work, const Tensor *op, bool same_rows) {
                     quantize_columns(rows, n_blocks, c, c + 1, activations);
                 }
             }
-            Q8Panel *scratch = work.panels[static_cast<size_t>(omp_get_thread_num())].at;
+            Q8Panel *scratch = work.panels[static_cast<size_t>(omp_get_thread_num())].data();
             // Dynamic: cores of one machine may differ, or be busy with other work.
             const int64_t n_batches = ceil_div(n_columns, batch);
 #pragma omp for schedule(dynamic, 4)
@@ -138,7 +117,7 @@ void multiply(Work &work, const Tensor *op, bool same_rows) {
     }
     for (int64_t first = 0; first < n_columns; first += batch) {
         for (int64_t panel = 0; panel < n_panels; ++panel) {
-            multiply_panel(first, panel, work.panels[0].at);
+            multiply_panel(first, panel, work.panels[0].data());
         }
     }
 }

@@ -7,7 +7,8 @@ import mmap
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 _MAPS = Path("/proc/self/maps")
@@ -31,7 +32,7 @@ def forget_pages(path: Path) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     given = 0
-    for start, end in _mappings(path):
+    for start, end, _ in _mappings(path, parts=True):
         if libc.madvise(start, end - start, mmap.MADV_DONTNEED) == 0:
             given += end - start
     return given
@@ -52,7 +53,7 @@ def take_out(path: Path, ranges: Sequence[tuple[int, int]]) -> int:
     libc.mmap.restype = ctypes.c_void_p
     placed = 0
     with path.open("rb") as file:
-        for start, end, offset in _mappings_of(os.fsencode(path.resolve())):
+        for start, end, offset in _mappings(path, parts=False):
             for first, last in _pages(ranges):
                 first, last = max(first, offset), min(last, offset + end - start)
                 if first >= last:
@@ -75,14 +76,11 @@ def _pages(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
             done = last
 
 
-def _mappings(path: Path) -> Iterator[tuple[int, int]]:
-    """(start, end) of each mapping of a file in this process that cannot be written to: nothing of them can be lost."""
-    wanted = _SPLIT.sub(b"", os.fsencode(path.resolve()))
-    return ((start, end) for start, end, _ in _mappings_of(wanted, lambda name: _SPLIT.sub(b"", name)))
-
-
-def _mappings_of(wanted: bytes, shorten: Callable[[bytes], bytes] = bytes) -> Iterator[tuple[int, int, int]]:
-    """(start, end, offset in the file) of read-only mappings of files whose shortened names are `wanted`."""
+def _mappings(path: Path, *, parts: bool) -> Iterator[tuple[int, int, int]]:
+    """(start, end, offset in the file) of each mapping of a file in this process that cannot be written to: nothing of
+    them can be lost. With `parts` also of the other files of a split model."""
+    shorten = partial(_SPLIT.sub, b"") if parts else bytes
+    wanted = shorten(os.fsencode(path.resolve()))
     try:
         lines = _MAPS.read_bytes().splitlines()
     except OSError:

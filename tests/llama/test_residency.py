@@ -13,7 +13,8 @@ import pytest
 from swarmcpp.llama.context import Context, ContextOptions, Model
 from swarmcpp.llama.probe import probe
 from swarmcpp.llama.residency import forget_pages, take_out
-from swarmcpp.models.synthetic import Shape, write_model
+from swarmcpp.models.gguf_header import read_header
+from swarmcpp.models.synthetic import TINY, Shape, write_model
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -106,4 +107,17 @@ def test_weights_that_are_repacked_are_not_there_twice(tmp_path: Path) -> None:
         assert resident(path) < path.stat().st_size / 4
     finally:
         context.close()
+        model.close()
+
+
+def test_norms_of_a_loaded_model_are_copies(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.gguf", TINY, quant="Q4_0")
+    norms = [each for each in read_header(path).tensors if each.name.endswith("norm.weight")]
+    model = Model(path, use_extra_bufts=probe(tmp_path).chosen.use_extra_bufts)
+    try:
+        # No page of the file is left there that a copy could take the place of.
+        copied = take_out(path, [(each.offset, each.offset + each.n_bytes) for each in norms])
+        assert norms
+        assert (copied == 0) == probe(tmp_path).chosen.use_extra_bufts
+    finally:
         model.close()
