@@ -73,6 +73,11 @@ class Pipeline:
         """What a head has logged of requests that lost a stage and went on."""
         return [line for line in self[name].stderr.splitlines() if "DIAG: pipeline failover" in line]
 
+    def in_use(self, *names: str) -> tuple[str, ...]:
+        """Those of `names` that requests of Ann go through now. Of two with the same layers chance decides."""
+        routes = " ".join(row["route"] for row in self["Ann"].swarm()["requests"])
+        return tuple(name for name in names if name in routes)
+
     def wait_idle(self) -> None:
         """Until no node has a sequence, and none answers a request."""
 
