@@ -4,18 +4,24 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
+#include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include "ggml_backend.h"
+#include "graph_tap.h"
 #include "q8_matmul.h"
 
 namespace nb = nanobind;
@@ -59,59 +65,20 @@ bool all_finite_f32(uintptr_t address, size_t count) {
     return bad == 0;
 }
 
-// Takes the rows of one tensor out of a graph, and ends the graph there. ggml is reached through the addresses of its
-// functions, and a ggml_tensor stays opaque.
-class LayerTap {
+using Rows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// A GraphTap that keeps the array it fills alive for as long as a decode may write to it.
+class PythonTap : public swarmcpp::GraphTap {
 public:
-    using Rows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+    using GraphTap::GraphTap;
 
-    LayerTap(std::string tensor, uintptr_t get_name, uintptr_t n_bytes, uintptr_t tensor_get)
-        : tensor_(std::move(tensor)),
-          get_name_(reinterpret_cast<GetName>(get_name)),
-          n_bytes_(reinterpret_cast<NBytes>(n_bytes)),
-          tensor_get_(reinterpret_cast<TensorGet>(tensor_get)) {}
-
-    void arm(Rows target) {
-        target_ = std::move(target);  // the reference keeps the memory for as long as a decode may write to it
-        filled_ = 0;
-        overflowed_ = false;
-    }
-
-    size_t filled() const { return overflowed_ ? 0 : filled_; }
-
-    // ggml_backend_sched_eval_callback. Called on the thread that decodes, without the GIL: never touches Python.
-    static bool on_eval(const void *tensor, bool ask, void *data) {
-        auto *tap = static_cast<LayerTap *>(data);
-        if (ask) {
-            return tap->tensor_ == tap->get_name_(tensor);
-        }
-        tap->take(tensor);
-        return false;  // final norm and head are not computed
+    void take_into(std::optional<Rows> target) {
+        target_ = std::move(target);
+        arm(target_ ? target_->data() : nullptr, target_ ? target_->size() : 0);
     }
 
 private:
-    using GetName = const char *(*)(const void *);
-    using NBytes = size_t (*)(const void *);
-    using TensorGet = void (*)(const void *, void *, size_t, size_t);
-
-    // Each ubatch of a decode comes here once: its rows go behind those of the ubatches before.
-    void take(const void *tensor) {
-        const size_t size = n_bytes_(tensor);
-        if (overflowed_ || size > target_.size() * sizeof(float) - filled_) {
-            overflowed_ = true;
-            return;
-        }
-        tensor_get_(tensor, reinterpret_cast<char *>(target_.data()) + filled_, 0, size);
-        filled_ += size;
-    }
-
-    std::string tensor_;
-    GetName get_name_;
-    NBytes n_bytes_;
-    TensorGet tensor_get_;
-    Rows target_;
-    size_t filled_ = 0;
-    bool overflowed_ = false;
+    std::optional<Rows> target_;
 };
 
 using Matrix = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -157,15 +124,24 @@ NB_MODULE(_native, m) {
           "Let ggml multiply Q8_0 matrices with a kernel of this module; why not, or empty.");
     m.def("q8_product", &q8_product, nb::arg("matrix"), nb::arg("rows"), nb::arg("out").noconvert(),
           "rows x matrix^T by the kernel alone.");
-    nb::class_<LayerTap>(m, "LayerTap", "Takes one tensor's F32 rows out of every graph of one context.")
-        .def(nb::init<std::string, uintptr_t, uintptr_t, uintptr_t>(), nb::arg("tensor"), nb::arg("get_name"),
-             nb::arg("n_bytes"), nb::arg("tensor_get"),
-             "Name of the tensor; addresses of ggml_get_name, ggml_nbytes and ggml_backend_tensor_get.")
-        .def("arm", &LayerTap::arm, nb::arg("target"), "Take the rows of the next decode into this array.")
-        .def_prop_ro("filled", &LayerTap::filled, "Bytes taken since `arm`; 0 when the rows did not fit.")
-        .def_prop_ro("address", [](LayerTap &tap) { return reinterpret_cast<uintptr_t>(&tap); },
+    nb::class_<PythonTap>(m, "GraphTap", "Takes hidden rows out of the graphs of one context, and notes where its KV is.")
+        .def(nb::init<std::string, std::map<std::string, uintptr_t>>(), nb::arg("tensor"), nb::arg("addresses"))
+        .def("arm", &PythonTap::take_into, nb::arg("target").none(), "Before each decode: take rows into this array.")
+        .def_prop_ro("filled", &PythonTap::filled, "Bytes taken since `arm`; 0 when the rows did not fit.")
+        .def("cells", [](const PythonTap &tap) { return tap.cells(); }, "Cells that rows were written to since `arm`.")
+        .def("places",
+             [](const PythonTap &tap) {
+                 std::vector<std::tuple<std::string, int, uintptr_t, size_t, int64_t>> places;
+                 for (const auto &each : tap.places()) {
+                     places.emplace_back(std::string(1, each.side), each.layer, each.address, each.row_bytes, each.n_rows);
+                 }
+                 return places;
+             },
+             "(side, layer, address, row bytes, rows) of the KV that was written to so far.")
+        .def_prop_ro("address",
+                     [](PythonTap &tap) { return reinterpret_cast<uintptr_t>(static_cast<swarmcpp::GraphTap *>(&tap)); },
                      "User data of the callback; valid as long as this object.")
         .def_prop_ro_static("callback_address",
-                            [](nb::handle) { return reinterpret_cast<uintptr_t>(&LayerTap::on_eval); },
+                            [](nb::handle) { return reinterpret_cast<uintptr_t>(&swarmcpp::GraphTap::on_eval); },
                             "Address of a ggml_backend_sched_eval_callback.");
 }

@@ -28,17 +28,19 @@ def q8_product(matrix: npt.NDArray[np.uint8], rows: npt.NDArray[np.float32], out
     Raises ValueError for shapes that do not fit, RuntimeError where `q8_backend_problem` has something to say.
     """
 
-class LayerTap:
-    """Takes one tensor's F32 rows out of every graph of one context, and ends the graph there. Not thread-safe."""
+class GraphTap:
+    """What is taken out of the graphs of one context while it computes: one tensor's F32 rows, behind which nothing is
+    computed, and the cells of the KV that are written. Not thread-safe."""
 
     callback_address: ClassVar[int]
     """Address of a ggml_backend_sched_eval_callback."""
 
-    def __init__(self, tensor: str, get_name: int, n_bytes: int, tensor_get: int) -> None:
-        """Name of the tensor; addresses of ggml_get_name, ggml_nbytes and ggml_backend_tensor_get."""
+    def __init__(self, tensor: str, addresses: dict[str, int]) -> None:
+        """Name of the tensor, empty for none; addresses of ggml_get_name, ggml_op_desc, ggml_nbytes and
+        ggml_backend_tensor_get. Raises ValueError when one of these is missing."""
 
-    def arm(self, target: npt.NDArray[np.float32]) -> None:
-        """Take the rows of the next decode into `target`, shape (capacity, n_embd), C-contiguous.
+    def arm(self, target: npt.NDArray[np.float32] | None) -> None:
+        """Before each decode: take its rows into `target`, shape (capacity, n_embd), C-contiguous.
 
         The rows of each ubatch go behind those of the one before.
         """
@@ -46,6 +48,12 @@ class LayerTap:
     @property
     def filled(self) -> int:
         """Bytes taken since `arm`; 0 when the rows did not fit."""
+
+    def cells(self) -> list[int]:
+        """Cells, of those of all streams, that rows were written to since `arm`."""
+
+    def places(self) -> list[tuple[str, int, int, int, int]]:
+        """Of each "k" and "v" and layer that was written to so far: address, bytes of a row, rows of all streams."""
 
     @property
     def address(self) -> int:

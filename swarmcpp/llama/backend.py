@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,8 +12,11 @@ from swarmcpp._native import all_finite_f16
 from swarmcpp.core import BlockFile, BlockRef, GenerateRequest, KvLayout, Rows, SamplerLike
 from swarmcpp.errors import SnapshotError, SwarmError
 from swarmcpp.llama.context import N_UBATCH, Context, Model
+from swarmcpp.llama.kvmemory import KvMemory
 from swarmcpp.llama.sampler import Sampler
-from swarmcpp.llama.snapshot import block_part, compose, learn_layout, parse, snapshot_part
+from swarmcpp.llama.snapshot import Part, block_of, block_part, compose, learn_layout, parse
+
+logger = logging.getLogger(__name__)
 
 GGML_TYPE_F16 = 1
 
@@ -74,11 +78,16 @@ class LlamaBackend:
         """
         self.decode([Rows(0, 0, [0], output=False)])
         try:
-            layout = learn_layout(self._context.export(0))
+            state = self._context.export(0)
+            layout = learn_layout(state)
+            if (layout.k_type, layout.v_type) != (GGML_TYPE_F16, GGML_TYPE_F16):
+                raise SnapshotError(f"KV of ggml types {layout.k_type} and {layout.v_type}, not F16")
+            try:
+                self._context.kv = KvMemory(self._context.tap, layout, state)
+            except SnapshotError as error:
+                logger.warning("KV is exported whole to store parts of it: %s", error)
         finally:
             self.truncate(0, 0)
-        if (layout.k_type, layout.v_type) != (GGML_TYPE_F16, GGML_TYPE_F16):
-            raise SnapshotError(f"KV of ggml types {layout.k_type} and {layout.v_type}, not F16")
         self._layout = layout
         return layout
 
@@ -89,24 +98,32 @@ class LlamaBackend:
     def _known_layout(self) -> KvLayout:
         return self._layout or self.learn()
 
+    def _part(self, slot: int, n_tokens: int) -> Part:
+        """The first `n_tokens` of a slot, maybe as views of its memory. Raises SnapshotError when it has fewer."""
+        layout, held = self._known_layout(), self.length(slot)
+        if n_tokens > held:
+            raise SnapshotError(f"{n_tokens} tokens of slot {slot}, which has {held}")
+        kv = self._context.kv
+        return (kv and kv.part(slot, n_tokens)) or parse(self._context.export(slot), layout).part(n_tokens)
+
     def copy_prefix(self, source: int, target: int, n_tokens: int) -> None:
         """See `core.Backend`."""
-        layout = self._known_layout()
-        snapshot = parse(self._context.export(source), layout)
-        self._context.restore(target, compose(layout, target, [snapshot_part(snapshot, n_tokens)]))
+        part = self._part(source, n_tokens)
+        self._context.restore(target, compose(self._known_layout(), target, [part]))
 
     def exchange(self, first: int, second: int) -> None:
         """See `engine.stageloop.StageBackend`."""
-        layout = self._known_layout()
-        # Both are copies, so that neither restore overwrites what the other one reads.
-        states = {slot: self._context.export(slot) for slot in (first, second)}
-        for source, target in ((first, second), (second, first)):
-            snapshot = parse(states[source], layout)
-            length = len(snapshot.order)
-            if length:
-                self._context.restore(target, compose(layout, target, [snapshot_part(snapshot, length)]))
-            else:
+        layout, lengths = self._known_layout(), [self.length(slot) for slot in (first, second)]
+        # States are copies, so that neither restore overwrites what the other one reads.
+        states = [
+            compose(layout, target, [self._part(source, length)]) if length else None
+            for source, target, length in zip((first, second), (second, first), lengths, strict=True)
+        ]
+        for target, state in zip((second, first), states, strict=True):
+            if state is None:
                 self.truncate(target, 0)
+            else:
+                self._context.restore(target, state)
 
     def load_blocks(self, slot: int, blocks: Sequence[BlockRef]) -> int:
         """See `core.Backend`."""
@@ -132,10 +149,10 @@ class LlamaBackend:
         """See `core.Backend`."""
         if self._file is None or not grants:
             return []
-        snapshot = parse(self._context.export(slot), self._known_layout())
+        part = self._part(slot, (1 + max(number for number, _ in grants)) * self._block_tokens)
         written: list[tuple[int, bytes]] = []
         for number, arena_slot in grants:
-            payload = snapshot.blocks(number, 1, self._block_tokens)[0]
+            payload = block_of(part, number, self._block_tokens)
             if all_finite_f16(payload) and self._file.write(arena_slot, payload.data):
-                written.append((arena_slot, blake3(payload).digest()))
+                written.append((arena_slot, blake3(payload.data).digest()))
         return written

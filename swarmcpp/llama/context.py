@@ -10,15 +10,21 @@ from typing import Any
 
 import llama_cpp.llama_cpp as c
 import numpy as np
+import numpy.typing as npt
 
-from swarmcpp._native import all_finite_f32
+from swarmcpp._native import GraphTap, all_finite_f32
 from swarmcpp.errors import DecodeAborted, DecodeFailed, NotEnoughMemory
 from swarmcpp.llama import lib
+from swarmcpp.llama.kvmemory import KvMemory
 from swarmcpp.llama.snapshot import Bytes
 from swarmcpp.llama.vocab import Vocab
 
+Floats = npt.NDArray[np.float32]
+
 N_UBATCH = 512
 """Rows that one graph computes at most; also n_batch, since more rows than n_batch kill llama.cpp."""
+
+_TAP_FUNCTIONS = ("ggml_get_name", "ggml_op_desc", "ggml_nbytes", "ggml_backend_tensor_get")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,7 @@ class ContextOptions:
     """`n_ctx` is per sequence; callbacks and their data are addresses (0: none).
 
     `all_outputs`: every row of a batch may be an output, not one of each sequence. Without a vocabulary that is cheap.
+    `hidden`: the tensor whose rows `Context.decode` takes; nothing behind it is computed.
     """
 
     n_ctx: int
@@ -33,9 +40,8 @@ class ContextOptions:
     n_threads: int
     abort_callback: int = 0
     abort_data: int = 0
-    eval_callback: int = 0
-    eval_data: int = 0
     all_outputs: bool = False
+    hidden: str = ""
 
 
 class Model:
@@ -77,9 +83,9 @@ class Context:
         if options.abort_callback:
             params.abort_callback = c.ggml_abort_callback(options.abort_callback)
             params.abort_callback_data = ctypes.c_void_p(options.abort_data)
-        if options.eval_callback:
-            params.cb_eval = c.ggml_backend_sched_eval_callback(options.eval_callback)
-            params.cb_eval_user_data = ctypes.c_void_p(options.eval_data)
+        self.tap = GraphTap(options.hidden, {name: lib.address(name) for name in _TAP_FUNCTIONS})
+        params.cb_eval = c.ggml_backend_sched_eval_callback(GraphTap.callback_address)
+        params.cb_eval_user_data = ctypes.c_void_p(self.tap.address)
         lib.recent_errors()
         pointer = c.llama_init_from_model(model.pointer, params)
         if not pointer:
@@ -92,13 +98,22 @@ class Context:
         self._n_vocab = model.vocab.n_vocab
         self.n_ctx: int = c.llama_n_ctx_seq(pointer)
         self._memory = c.llama_get_memory(pointer)
+        self.kv: KvMemory | None = None
+        """Where its KV is, once somebody has found out (see LlamaBackend.learn)."""
         self.batch = Batch(N_UBATCH)
 
-    def decode(self, batch: Batch | None = None) -> None:
-        """Compute the rows of `batch`, without it of `self.batch`. Raises DecodeAborted, DecodeFailed."""
+    def decode(self, batch: Batch | None = None, hidden: Floats | None = None) -> None:
+        """Compute the rows of `batch`, without it of `self.batch`. Raises DecodeAborted, DecodeFailed.
+
+        `hidden`, shape (capacity, n_embd), gets the rows of the tensor of that name in the order of `ubatch_order`;
+        `tap.filled` are the bytes of it that did.
+        """
         batch = batch or self.batch
+        self.tap.arm(hidden)
         code = c.llama_decode(self.pointer, batch.struct)
         if code == 0:
+            if self.kv:
+                self.kv.check_decode(*batch.cells, self.tap.cells())
             return
         if code == 2:
             raise DecodeAborted("the step was aborted")
@@ -130,12 +145,16 @@ class Context:
             raise DecodeFailed(
                 f"llama.cpp refuses a state for sequence {seq}: {lib.recent_errors() or 'no reason given'}"
             )
+        if self.kv:
+            self.kv.check_restored(seq, blob)
 
     def truncate(self, seq: int, n_past: int) -> None:
         """Forget positions from `n_past` of a sequence; 0 empties it."""
         if not c.llama_memory_seq_rm(self._memory, seq, n_past, -1):
             c.llama_memory_seq_rm(self._memory, seq, -1, -1)
             raise DecodeFailed(f"llama.cpp cannot truncate sequence {seq} to {n_past} tokens")
+        if self.kv and not n_past:
+            self.kv.check_emptied(seq)
 
     def length(self, seq: int) -> int:
         """Tokens that llama.cpp holds of a sequence."""
@@ -182,6 +201,11 @@ class Batch:
         """The llama_batch; valid until the batch changes."""
         self._struct.n_tokens = self.count
         return self._struct
+
+    @property
+    def cells(self) -> tuple[list[int], list[int]]:
+        """Sequences and positions of the rows."""
+        return self._seqs[: self.count].tolist(), self._positions[: self.count].tolist()
 
     def clear(self) -> None:
         """Forget all rows."""

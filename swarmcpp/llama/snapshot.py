@@ -26,6 +26,8 @@ from swarmcpp.core import KvLayout
 from swarmcpp.errors import SnapshotError
 
 Bytes = npt.NDArray[np.uint8]
+Part = tuple[Sequence[Bytes], Sequence[Bytes]]
+"""K rows per layer and V rows per layer of some tokens, each of shape (tokens, row bytes)."""
 
 _CELL = np.dtype([("pos", "<i4"), ("n_seq", "<u4"), ("seq", "<i4")])
 _HEAD_BYTES = 12
@@ -49,22 +51,12 @@ class Snapshot:
         """Tokens in the state: positions 0 to n_tokens - 1."""
         return len(self.order)
 
-    def blocks(self, first: int, count: int, block_tokens: int) -> Bytes:
-        """Payloads of `count` full blocks from block `first`, shape (count, block bytes): K layers, then V layers.
-
-        Raises SnapshotError when the state does not hold that many tokens.
-        """
-        start, stop = first * block_tokens, (first + count) * block_tokens
-        if not 0 <= start <= stop <= self.n_tokens:
-            raise SnapshotError(f"tokens {start} to {stop} of a state of {self.n_tokens}")
-        cells = _as_slice(self.order[start:stop])
-        out = np.empty((count, self.layout.token_bytes * block_tokens), np.uint8)
-        at = 0
-        for rows in (*self.k, *self.v):
-            width = rows.shape[1] * block_tokens
-            out[:, at : at + width] = rows[cells].reshape(count, width)
-            at += width
-        return out
+    def part(self, n_tokens: int) -> Part:
+        """The first `n_tokens` of it. Raises SnapshotError when it has not that many."""
+        if not 0 <= n_tokens <= self.n_tokens:
+            raise SnapshotError(f"{n_tokens} tokens of a state of {self.n_tokens}")
+        cells = _as_slice(self.order[:n_tokens])
+        return [rows[cells] for rows in self.k], [rows[cells] for rows in self.v]
 
 
 def _as_slice(cells: npt.NDArray[np.intp]) -> Any:
@@ -183,10 +175,10 @@ def _learn_layers(reader: _Reader, count: int, n_layers: int) -> tuple[tuple[int
     return tuple(types), tuple(rows)
 
 
-def compose(layout: KvLayout, seq: int, parts: Sequence[tuple[Sequence[Bytes], Sequence[Bytes]]]) -> Bytes:
+def compose(layout: KvLayout, seq: int, parts: Sequence[Part]) -> Bytes:
     """A state for `llama_state_seq_set_data` into sequence `seq`, whose tokens are those of `parts`, one after another.
 
-    A part has K rows per layer and V rows per layer, each of shape (tokens, row bytes) or anything that reshapes to it.
+    The rows of a part may have any shape that reshapes to a part's.
     """
     counts = [part[0][0].size // layout.k_rows[0] for part in parts]
     n_tokens = sum(counts)
@@ -223,7 +215,19 @@ def _put(blob: Bytes, at: int, kind: str, value: int) -> int:
     return at + len(data)
 
 
-def block_part(layout: KvLayout, payloads: Bytes, block_tokens: int) -> tuple[list[Bytes], list[Bytes]]:
+def block_of(part: Part, number: int, block_tokens: int) -> Bytes:
+    """The payload of full block `number` of the tokens of a part, shape (block bytes,): K layers, then V layers.
+
+    Raises SnapshotError when the part does not hold that many tokens.
+    """
+    start, stop = number * block_tokens, (number + 1) * block_tokens
+    held = len(part[0][0])
+    if not 0 <= start < stop <= held:
+        raise SnapshotError(f"tokens {start} to {stop} of {held}")
+    return np.concatenate([rows[start:stop].reshape(-1) for side in part for rows in side])
+
+
+def block_part(layout: KvLayout, payloads: Bytes, block_tokens: int) -> Part:
     """Payloads of consecutive blocks, shape (count, block bytes), as a part for `compose`."""
     at = 0
     sides: list[list[Bytes]] = []
@@ -236,9 +240,3 @@ def block_part(layout: KvLayout, payloads: Bytes, block_tokens: int) -> tuple[li
     if at != payloads.shape[1]:
         raise SnapshotError(f"a block of {payloads.shape[1]} bytes where the layout has {at}")
     return sides[0], sides[1]
-
-
-def snapshot_part(snapshot: Snapshot, n_tokens: int) -> tuple[list[Bytes], list[Bytes]]:
-    """The first `n_tokens` of a snapshot as a part for `compose`."""
-    cells = _as_slice(snapshot.order[:n_tokens])
-    return [rows[cells] for rows in snapshot.k], [rows[cells] for rows in snapshot.v]

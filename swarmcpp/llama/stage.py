@@ -12,12 +12,10 @@ import llama_cpp.llama_cpp as c
 import numpy as np
 from gguf.quants import dequantize
 
-from swarmcpp._native import LayerTap
 from swarmcpp.core import SamplerLike
 from swarmcpp.errors import BadModel, BadRequest, DecodeFailed, SwarmError
 from swarmcpp.llama.backend import LlamaBackend
 from swarmcpp.llama.context import N_UBATCH, Batch, Context, ContextOptions, Model
-from swarmcpp.llama.lib import address
 from swarmcpp.llama.rows import FloatRows, decode_rows, encode_rows
 from swarmcpp.llama.sampler import Sampler
 from swarmcpp.models.gguf_header import read_header
@@ -84,15 +82,8 @@ class StageContext:
         """Raises NotEnoughMemory. `is_tail`: the slice has the head (Slice.is_tail)."""
         self.n_embd = int(c.llama_model_n_embd(model.pointer))
         self.is_tail = is_tail
-        self._tap: LayerTap | None = None
         if not is_tail:
-            self._tap = _tap(f"l_out-{c.llama_model_n_layer(model.pointer) - 1}")
-            options = replace(
-                options,
-                eval_callback=LayerTap.callback_address,
-                eval_data=self._tap.address,
-                all_outputs=True,
-            )
+            options = replace(options, hidden=f"l_out-{c.llama_model_n_layer(model.pointer) - 1}", all_outputs=True)
         self.context = Context(model, options)
         self._batch = EmbeddingBatch(N_UBATCH, self.n_embd)
         self._taken = np.empty((N_UBATCH, self.n_embd), np.float32)
@@ -106,17 +97,17 @@ class StageContext:
         self._batch.clear()
         self._output_rows.clear()
         for part in parts:
-            last = self._batch.add_rows(part.slot, part.start, part.rows, every=self._tap is not None, last=part.output)
+            last = self._batch.add_rows(part.slot, part.start, part.rows, every=not self.is_tail, last=part.output)
             if part.output:
                 self._output_rows[part.slot] = last
-        if self._tap is None:
+        if self.is_tail:
             self.context.decode(self._batch)
             return np.empty((0, self.n_embd), np.float32)
-        self._tap.arm(self._taken)
-        self.context.decode(self._batch)
+        self.context.decode(self._batch, self._taken)
         count = self._batch.count
-        if self._tap.filled != count * self.n_embd * self._taken.itemsize:
-            raise DecodeFailed(f"llama.cpp gave {self._tap.filled} bytes of hidden rows for {count} rows")
+        filled = self.context.tap.filled
+        if filled != count * self.n_embd * self._taken.itemsize:
+            raise DecodeFailed(f"llama.cpp gave {filled} bytes of hidden rows for {count} rows")
         if all(len(part.rows) == 1 for part in parts) and all(a.slot < b.slot for a, b in pairwise(parts)):
             # Those come in the order in which they went in.
             return self._taken[:count].copy()
@@ -230,7 +221,3 @@ def ubatch_order(parts: Sequence[tuple[int, int]]) -> list[int]:
         done.update(order)
         left = {seq: rows for seq, rows in left.items() if rows}
     return order
-
-
-def _tap(tensor: str) -> LayerTap:
-    return LayerTap(tensor, *(address(name) for name in ("ggml_get_name", "ggml_nbytes", "ggml_backend_tensor_get")))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
+import llama_cpp.llama_cpp as c
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -16,7 +18,8 @@ from swarmcpp.core import BlockRef, KvLayout, Rows
 from swarmcpp.errors import DecodeFailed, SnapshotError
 from swarmcpp.llama.backend import LlamaBackend
 from swarmcpp.llama.context import Context, ContextOptions, Model
-from swarmcpp.llama.snapshot import block_part, compose, parse
+from swarmcpp.llama.kvmemory import KvMemory
+from swarmcpp.llama.snapshot import block_of, block_part, compose, parse
 
 BLOCK = 64
 TOKENS = prompt_of(200, 5)
@@ -122,6 +125,113 @@ def test_blocks_of_a_slot_that_was_itself_loaded(make: Maker) -> None:
     assert stored(backend, 1, range(3)) == refs, "the same bytes"
     backend.copy_prefix(1, 2, 192)
     assert stored(backend, 2, range(3)) == refs
+
+
+# -- where llama.cpp keeps it ----------------------------------------------------------------------------------------
+
+
+def assert_in_place(backend: LlamaBackend, slot: int) -> None:
+    """What is read in a slot's memory is what llama.cpp exports of it."""
+    kv, layout = backend._context.kv, backend._known_layout()
+    assert kv is not None
+    here = kv.part(slot, backend.length(slot))
+    assert here is not None
+    exported = parse(backend._context.export(slot), layout).part(backend.length(slot))
+    for side, copies in zip(here, exported, strict=True):
+        for rows, copy in zip(side, copies, strict=True):
+            np.testing.assert_array_equal(rows, copy.reshape(rows.shape))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_kv_is_in_the_first_cells_of_its_slot_whatever_is_done(make: Maker, seed: int) -> None:
+    """Batches of several slots, tokens that are taken back, loads, copies and exchanges."""
+    backend, draw = make(), random.Random(seed)
+    compute(backend, 0, TOKENS)
+    refs = stored(backend, 0, range(3))
+    for _ in range(40):
+        slot, other = draw.sample(range(3), 2)
+        match draw.choice(("decode", "decode", "cut", "load", "copy", "exchange")):
+            case "decode":
+                rows = []
+                for each in draw.sample(range(3), draw.randint(1, 3)):
+                    count = min(draw.choice((1, 7, 64)), 256 - backend.length(each))
+                    if count:
+                        rows.append(Rows(each, backend.length(each), TOKENS[:count], output=False))
+                backend.decode(rows)
+            case "cut":
+                backend.truncate(slot, draw.randint(0, backend.length(slot)))
+            case "load":
+                backend.load_blocks(slot, refs[: draw.randint(1, 3)])
+            case "copy" if length := backend.length(slot):
+                backend.copy_prefix(slot, other, draw.randint(1, length))
+            case "exchange":
+                backend.exchange(slot, other)
+        for each in range(3):
+            assert_in_place(backend, each)
+
+
+def let_cells_be_elsewhere(backend: LlamaBackend, slot: int) -> None:
+    """Let a slot of 199 tokens have 200, the last but one in cell 100: the token that was there is taken out, and those
+    behind it are one position less."""
+    context = backend._context
+    c.llama_memory_seq_rm(context._memory, slot, 100, 101)
+    backend.decode([Rows(slot, backend.length(slot), [5, 6], output=False)])
+    c.llama_memory_seq_add(context._memory, slot, 101, -1, -1)
+
+
+def test_kv_that_is_elsewhere_is_exported(make: Maker) -> None:
+    file = FakeBlockFile()
+    backend = make(file=file)
+    compute(backend, 1, TOKENS[:199])
+    let_cells_be_elsewhere(backend, 1)
+    assert backend.length(1) == 200
+    kv = backend._context.kv
+    assert kv is not None
+    assert kv.part(1, 200) is None
+    stored(backend, 1, range(3))
+    snapshot = parse(backend._context.export(1), backend._known_layout())
+    assert snapshot.order[198] == 100
+    for number in range(3):
+        assert file.payloads[10 + number] == block_of(snapshot.part(192), number, BLOCK).tobytes()
+    backend.copy_prefix(1, 2, 200)
+    assert_in_place(backend, 2)
+    backend.exchange(1, 2)
+    assert_in_place(backend, 1)
+
+
+def test_an_emptied_slot_begins_in_its_first_cells_again(make: Maker) -> None:
+    backend = make()
+    compute(backend, 0, TOKENS[:199])
+    let_cells_be_elsewhere(backend, 0)
+    backend.truncate(0, 0)
+    compute(backend, 0, TOKENS)
+    assert_in_place(backend, 0)
+
+
+def test_a_context_whose_memory_is_not_known_exports(make: Maker) -> None:
+    files = [FakeBlockFile(), FakeBlockFile()]
+    for file in files:
+        backend = make(file=file)
+        if file is files[1]:
+            backend._context.kv = None
+        compute(backend, 0, TOKENS)
+        stored(backend, 0, range(3))
+    assert files[0].payloads == files[1].payloads
+
+
+def test_memory_that_is_not_what_was_exported_is_not_used(make: Maker) -> None:
+    backend = make()
+    layout, context = backend._known_layout(), backend._context
+    backend.decode([Rows(0, 0, [0], output=False)])
+    state = context.export(0)
+    KvMemory(context.tap, layout, state)
+    wrong = state.copy()
+    # Behind the last V row are the cell counts of the two other streams.
+    wrong[-9] ^= 1
+    with pytest.raises(SnapshotError, match="differ"):
+        KvMemory(context.tap, layout, wrong)
+    with pytest.raises(SnapshotError, match="KV rows of"):
+        KvMemory(context.tap, replace(layout, k_rows=(64, 32)), state)
 
 
 def greedy(backend: LlamaBackend, slot: int, logits: Logits, count: int, beside: Callable[[int], None]) -> list[int]:
@@ -251,7 +361,8 @@ def test_loading_stops_at_the_first_block_that_is_not_sound(
 def with_value(backend: LlamaBackend, slot: int, value: float, block: int, at: int) -> None:
     """Put one value into the KV of a slot, as an overflow in a layer would."""
     layout = backend._known_layout()
-    payloads = parse(backend._context.export(slot), layout).blocks(0, 3, BLOCK).copy()
+    whole = parse(backend._context.export(slot), layout).part(3 * BLOCK)
+    payloads = np.stack([block_of(whole, number, BLOCK) for number in range(3)])
     payloads[block].view("<f2")[at] = value
     backend._context.restore(slot, compose(layout, slot, [block_part(layout, payloads, BLOCK)]))
 

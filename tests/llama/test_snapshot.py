@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from swarmcpp._native import all_finite_f16
 from swarmcpp.core import KvLayout
 from swarmcpp.errors import SnapshotError
-from swarmcpp.llama.snapshot import Bytes, Snapshot, block_part, compose, learn_layout, parse, snapshot_part
+from swarmcpp.llama.snapshot import Bytes, Snapshot, block_of, block_part, compose, learn_layout, parse
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def test_an_empty_state_has_no_tokens_and_no_layout(state: State) -> None:
     snapshot = parse(blob, state.layout)
     assert snapshot.n_tokens == 0
     assert len(snapshot.k) == len(snapshot.v) == state.layout.n_layers
-    assert snapshot.blocks(0, 0, 4).size == 0
+    assert [len(rows) for side in snapshot.part(0) for rows in side] == [0] * 2 * state.layout.n_layers
     with pytest.raises(SnapshotError, match="empty"):
         learn_layout(blob)
 
@@ -143,12 +143,11 @@ def test_an_empty_state_has_no_tokens_and_no_layout(state: State) -> None:
 
 @given(states(), st.integers(1, 5), st.data())
 def test_blocks_hold_k_by_layer_then_v_by_layer(state: State, block_tokens: int, data: st.DataObject) -> None:
-    full = state.n_tokens // block_tokens
-    first = data.draw(st.integers(0, full))
-    count = data.draw(st.integers(0, full - first))
-    payloads = parse(array(written(state)[0]), state.layout).blocks(first, count, block_tokens)
-    assert payloads.shape == (count, state.layout.token_bytes * block_tokens)
-    for number, payload in enumerate(payloads, first):
+    snapshot = parse(array(written(state)[0]), state.layout)
+    held = snapshot.part(data.draw(st.integers(0, state.n_tokens)))
+    for number in range(len(held[0][0]) // block_tokens):
+        payload = block_of(held, number, block_tokens)
+        assert payload.shape == (state.layout.token_bytes * block_tokens,)
         part = slice(number * block_tokens, (number + 1) * block_tokens)
         assert payload.tobytes() == b"".join(b"".join(layer[part]) for layer in (*state.k, *state.v))
         assert payload.flags["C_CONTIGUOUS"]
@@ -158,7 +157,10 @@ def test_blocks_hold_k_by_layer_then_v_by_layer(state: State, block_tokens: int,
 def test_blocks_compose_to_the_same_rows(state: State, block_tokens: int, seq: int) -> None:
     snapshot = parse(array(written(state)[0]), state.layout)
     full = state.n_tokens // block_tokens
-    part = block_part(state.layout, snapshot.blocks(0, full, block_tokens), block_tokens)
+    payloads = np.empty((full, state.layout.token_bytes * block_tokens), np.uint8)
+    for number in range(full):
+        payloads[number] = block_of(snapshot.part(state.n_tokens), number, block_tokens)
+    part = block_part(state.layout, payloads, block_tokens)
     kept = full * block_tokens
     again = parse(compose(state.layout, seq, [part]), state.layout)
     assert again.n_tokens == kept
@@ -169,7 +171,7 @@ def test_blocks_compose_to_the_same_rows(state: State, block_tokens: int, seq: i
 def test_a_prefix_composes_to_the_same_rows(state: State, data: st.DataObject) -> None:
     n_tokens = data.draw(st.integers(1, state.n_tokens))
     snapshot = parse(array(written(state)[0]), state.layout)
-    again = parse(compose(state.layout, 3, [snapshot_part(snapshot, n_tokens)]), state.layout)
+    again = parse(compose(state.layout, 3, [snapshot.part(n_tokens)]), state.layout)
     assert rows_of(again) == ([layer[:n_tokens] for layer in state.k], [layer[:n_tokens] for layer in state.v])
 
 
@@ -180,7 +182,7 @@ def test_what_is_composed_is_what_llama_cpp_would_write(state: State, seq: int, 
     cut = data.draw(st.integers(1, state.n_tokens - 1))
     rows = [[np.array([list(row) for row in layer], np.uint8) for layer in side] for side in (state.k, state.v)]
     rest = ([layer[cut:] for layer in rows[0]], [layer[cut:] for layer in rows[1]])
-    blob = compose(state.layout, seq, [snapshot_part(snapshot, cut), rest])
+    blob = compose(state.layout, seq, [snapshot.part(cut), rest])
     ordered = replace(state, cells=list(range(state.n_tokens)), stream=0, seq=seq)
     assert blob.tobytes() == written(ordered)[0]
 
@@ -194,9 +196,12 @@ def test_nothing_composes_to_an_empty_state(state: State) -> None:
 def test_blocks_that_are_not_there_are_an_error(state: State, block_tokens: int) -> None:
     snapshot = parse(array(written(state)[0]), state.layout)
     full = state.n_tokens // block_tokens
-    for first, count in ((full, 1), (0, full + 1), (full + 1, 0), (-1, 1), (0, -1)):
+    for number in (full, full + 1, -1):
         with pytest.raises(SnapshotError):
-            snapshot.blocks(first, count, block_tokens)
+            block_of(snapshot.part(state.n_tokens), number, block_tokens)
+    for n_tokens in (state.n_tokens + 1, -1):
+        with pytest.raises(SnapshotError):
+            snapshot.part(n_tokens)
 
 
 @given(states(), st.integers(1, 5), st.sampled_from((-1, 1, 7)))

@@ -20,7 +20,7 @@ from swarmcpp.errors import BadModel, BadRequest, DecodeAborted, DecodeFailed
 from swarmcpp.llama.backend import LlamaBackend
 from swarmcpp.llama.context import Context, ContextOptions, Model
 from swarmcpp.llama.sampler import Sampler
-from swarmcpp.llama.snapshot import parse
+from swarmcpp.llama.snapshot import block_of, parse
 from swarmcpp.llama.stage import EmbeddingTable, StageContext, StageRows, ubatch_order
 from swarmcpp.models.slicing import ARCHITECTURES, write_slice
 from swarmcpp.models.synthetic import Quant, Shape, write_model
@@ -199,7 +199,7 @@ def test_the_kv_of_stages_is_that_of_the_whole_model(small: Path, tmp_path: Path
     contexts = [context, *(stage.context for stage in pipeline.stages)]
     snapshots = [parse(each.export(2), layout) for each, layout in zip(contexts, layouts, strict=True)]
     # Keys of all layers, then values of all layers.
-    halves = [np.split(snapshot.blocks(0, 1, 64)[0].ravel(), 2) for snapshot in snapshots]
+    halves = [np.split(block_of(snapshot.part(64), 0, 64), 2) for snapshot in snapshots]
     for half in range(2):
         np.testing.assert_array_equal(np.concatenate([stage[half] for stage in halves[1:]]), halves[0][half])
     pipeline.close()

@@ -1,0 +1,94 @@
+#include "graph_tap.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+
+namespace swarmcpp {
+
+namespace {
+
+template <typename F>
+void find(const std::map<std::string, uintptr_t> &addresses, const char *name, F &function) {
+    const auto found = addresses.find(name);
+    if (found == addresses.end() || found->second == 0) {
+        throw std::invalid_argument(std::string("the address of ") + name + " is missing");
+    }
+    function = reinterpret_cast<F>(found->second);
+}
+
+}  // namespace
+
+GraphTap::GraphTap(std::string tensor, const std::map<std::string, uintptr_t> &addresses) : tensor_(std::move(tensor)) {
+    find(addresses, "ggml_get_name", get_name_);
+    find(addresses, "ggml_op_desc", op_desc_);
+    find(addresses, "ggml_nbytes", n_bytes_);
+    find(addresses, "ggml_backend_tensor_get", tensor_get_);
+}
+
+void GraphTap::arm(float *target, size_t capacity) {
+    target_ = target;
+    capacity_ = capacity;
+    filled_ = 0;
+    overflowed_ = false;
+    cells_.clear();
+}
+
+bool GraphTap::on_eval(const void *opaque, bool ask, void *data) {
+    auto *tap = static_cast<GraphTap *>(data);
+    const auto *tensor = static_cast<const ggml::Tensor *>(opaque);
+    if (!ask) {
+        tap->take(tensor);
+        return false;  // final norm and head are not computed
+    }
+    const char *name = tap->get_name_(tensor);
+    if (std::strncmp(name, "cache_", 6) == 0) {
+        tap->note_kv(tensor, name);
+        return false;
+    }
+    return tap->tensor_ == name;
+}
+
+void GraphTap::take(const ggml::Tensor *tensor) {
+    const size_t size = n_bytes_(tensor);
+    if (overflowed_ || size > capacity_ * sizeof(float) - filled_) {
+        overflowed_ = true;
+        return;
+    }
+    tensor_get_(tensor, reinterpret_cast<char *>(target_) + filled_, 0, size);
+    filled_ += size;
+}
+
+// llama_kv_cache::cpy_k and cpy_v: ggml_set_rows(the cache of a layer, new rows, the cells that they go to).
+void GraphTap::note_kv(const ggml::Tensor *write, const char *name) {
+    char side = 0;
+    int layer = 0;
+    if (std::sscanf(name, "cache_%c_l%d", &side, &layer) != 2 || (side != 'k' && side != 'v')) {
+        return;
+    }
+    // A tensor's name stands behind what ggml_abi.h describes of it: in another version of ggml it would not be there.
+    if (name != reinterpret_cast<const char *>(write + 1) || std::strcmp(op_desc_(write), "SET_ROWS") != 0) {
+        return;
+    }
+    const ggml::Tensor *cells = write->src[1];
+    if (cells->type != ggml::TYPE_I64 || cells->ne[1] != 1) {
+        return;
+    }
+    const KvPlace place{side, layer, reinterpret_cast<uintptr_t>(write->data), write->nb[1], write->ne[1]};
+    const auto known = std::find_if(places_.begin(), places_.end(),
+                                    [&](const KvPlace &each) { return each.side == side && each.layer == layer; });
+    if (known == places_.end()) {
+        places_.push_back(place);
+    } else {
+        *known = place;
+    }
+    // All layers' rows go to the same cells.
+    if (side == 'k' && layer == places_.front().layer) {
+        const auto *first = static_cast<const int64_t *>(cells->data);
+        cells_.insert(cells_.end(), first, first + cells->ne[0]);
+    }
+}
+
+}  // namespace swarmcpp
