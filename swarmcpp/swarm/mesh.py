@@ -114,6 +114,8 @@ class _Dial:
     node: NodeId | None = None
     """Set while the link is greeted."""
     lost: asyncio.Event = field(default_factory=asyncio.Event)
+    heard: asyncio.Event = field(default_factory=asyncio.Event)
+    """It has said hello itself: there is no reason to wait with the next try."""
     task: asyncio.Task[None] | None = None
     refused: str = ""
 
@@ -286,7 +288,7 @@ class Mesh:
                 dial.addresses.rotate(-1)
                 # Jitter: nodes that lost each other at one moment shall not meet at one moment again and again.
                 pause = REDIAL_S[min(failures, len(REDIAL_S)) - 1]
-                await self._sleep(pause * random.uniform(0.8, 1.2))
+                await self._pause(pause * random.uniform(0.8, 1.2), dial.heard)
                 continue
             failures = 0
             await dial.lost.wait()
@@ -294,6 +296,16 @@ class Mesh:
         if dial.link:
             await dial.link.aclose()
         self._dials.pop(key, None)
+
+    async def _pause(self, seconds: float, end: asyncio.Event) -> None:
+        """Sleep until `end` is set, if that is sooner; clears it."""
+        waiting = (asyncio.ensure_future(self._sleep(seconds)), asyncio.ensure_future(end.wait()))
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waiting:
+                each.cancel()
+        end.clear()
 
     async def _greet(self, address: Address, dial: _Dial) -> None:
         """Hello, then everything that this node wants to know. Raises SwarmError."""
@@ -424,8 +436,20 @@ class Mesh:
         if capability.node == self._identity.node_id and capability.boot != self._identity.boot:
             raise IdentityTaken(f"another node has the identity {capability.node}; take a new one")
         if capability.node != self._identity.node_id:
-            self.dial([each for each in capability.addresses if node_id(each.key) == capability.node])
+            self._expect([each for each in capability.addresses if node_id(each.key) == capability.node])
         return Welcome(PROTOCOL, self._capability(), self.addresses()[:ANNOUNCED_PEERS])
+
+    def _expect(self, addresses: Sequence[Address]) -> None:
+        """A node says that it is at these addresses now, which goes before what was known of it."""
+        self.dial(addresses)
+        dial = self._dials.get(addresses[0].key) if addresses else None
+        if dial is None or dial.node:
+            return
+        for address in reversed(addresses):
+            if address in dial.addresses:
+                dial.addresses.remove(address)
+                dial.addresses.appendleft(address)
+        dial.heard.set()
 
     # -- clockwork -----------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from swarmcpp.route.passes import pass_s
 from swarmcpp.stages import StageRef
 from swarmcpp.swarm.fetch import PrefixQuery, fetch_prefix
 from swarmcpp.swarm.fetchcontext import FetchContext, Trust
+from swarmcpp.swarm.links import probe
 from swarmcpp.swarm.serving import BlockServer, Governor
 from swarmcpp.swarm.stagecall import hop
 from swarmcpp.swarming.blocks import tell_on_loop
@@ -32,7 +33,7 @@ from swarmcpp.telemetry import diag
 
 logger = logging.getLogger(__name__)
 
-SHARE: Final = 0.25
+SHARE: Final = 0.5
 """Of the time that computing a block takes, its copy may take the link under `auto`: prompts go on beside it."""
 
 OFFER_TIMEOUT_S: Final = 5.0
@@ -128,12 +129,9 @@ class StageCopies:
         return sorted(found, key=lambda node: (-links.bytes_per_s(node), node))
 
     def wanted(self, chain: Sequence[StageRef]) -> bool:
-        """Whether blocks of requests that still run on `chain` are to be stored: a stage of it has a double, which is
-        behind a fast link as far as anybody told."""
-        if self._replicate != "auto":
-            return self._replicate == "on" and any(self.others(ref) for ref in chain)
-        fast = self._pipelines.is_fast
-        return any(fast(ref.node, node) for ref in chain for node in self.others(ref)[:1])
+        """Whether blocks of requests that still run on `chain` are to be stored: a stage of it has a double, which
+        decides what of them it fetches."""
+        return self._replicate != "off" and any(self.others(ref) for ref in chain)
 
     def stored(self, stage: OwnStage, keys: Sequence[bytes]) -> None:
         """The arena of `stage` has got blocks of a chain; offer them to another node."""
@@ -193,17 +191,19 @@ class StageCopies:
         cache = stage.supervisor.cache
         if cache is None or len(keys) > stage.supervisor.status.ctx_size // cache.block_tokens:
             return
-        if self._affordable(stage, cache, source):
+        settings = self._context.settings
+        if self._replicate == "off" or settings.trust_min > 1:
+            return
+        if self._context.trust.trusted(source, settings.trust_min):
             self._spawn(self._fetch(stage, source, keys))
 
-    def _affordable(self, stage: OwnStage, cache: PrefixCache, source: NodeId) -> bool:
-        settings, links = self._context.settings, self._context.links
-        if self._replicate == "off" or settings.trust_min > 1:
-            return False
-        if not self._context.trust.trusted(source, settings.trust_min):
-            return False
+    async def _affordable(self, stage: OwnStage, cache: PrefixCache, source: NodeId) -> bool:
+        """Whether the link allows it; a link that nobody has measured yet, as of a node that has just come, is."""
+        links = self._context.links
         if self._replicate == "on":
             return True
+        if not links.rate_known(source) and (caller := self._callers(source)):
+            await probe(links, source, caller)
         row_s = pass_s(stage.times.curve(), TILE_ROWS, stage.ref.last - stage.ref.first) / TILE_ROWS
         ship_s = cache.block_bytes / links.bytes_per_s(source)
         return links.rate_known(source) and ship_s <= SHARE * row_s * cache.block_tokens
@@ -212,7 +212,7 @@ class StageCopies:
         async with self._places:
             cache = stage.supervisor.cache
             have = cache.held_keys(keys) if cache else 0
-            if cache is None or have == len(keys):
+            if cache is None or have == len(keys) or not await self._affordable(stage, cache, source):
                 return
 
             async def store(first: int, payloads: Sequence[bytes | memoryview], *, exact: bool) -> int:

@@ -173,11 +173,6 @@ class Pipelines:
         onward: RowEncoding = "q8_0" if small else "f32"
         return ("f32" if nodes[1] == self._own else onward), onward
 
-    def is_fast(self, source: NodeId, target: NodeId) -> bool:
-        """Whether rows would travel unrounded between two nodes, as far as anybody told of their link."""
-        link = self._links().get((source, target))
-        return link is not None and link.bytes_per_s >= COMPRESS_BELOW
-
     def _links(self) -> dict[tuple[NodeId, NodeId], Link]:
         told = {view.capability.node: view.capability.observed_latencies for view in self._mesh.membership.peers()}
         return known_links(self._own, self._mesh.links.observed(), told)
