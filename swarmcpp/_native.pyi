@@ -12,6 +12,11 @@ def all_finite_f16(bytes: npt.NDArray[np.uint8]) -> bool:
 def all_finite_f32(address: int, count: int) -> bool:
     """Whether all of `count` floats (32 bits) at an address are finite. The address must be that of as many."""
 
+def largest_f32(address: int, count: int, banned: list[int]) -> int:
+    """The first index of the largest of `count` floats (32 bits) at an address, those in `banned` not counted; -1 when
+    a NaN is among them. The address must be that of as many, which nobody else uses meanwhile. Raises ValueError for a
+    banned index outside."""
+
 def q8_backend_problem() -> str:
     """Why this machine or this build cannot have the kernel for Q8_0 matrices; empty when it can."""
 

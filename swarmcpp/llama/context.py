@@ -127,10 +127,14 @@ class Context:
 
     def has_finite_logits(self, row: int) -> bool:
         """Whether all logits of batch row `row` of the last decode are finite. Raises DecodeFailed when it has none."""
+        return all_finite_f32(self.logits_address(row), self._n_vocab)
+
+    def logits_address(self, row: int) -> int:
+        """Where the logits (n_vocab floats) of batch row `row` of the last decode are. Raises DecodeFailed."""
         pointer = c.llama_get_logits_ith(self.pointer, row)
         if not pointer:
             raise DecodeFailed(f"row {row} of the last decode has no logits")
-        return all_finite_f32(ctypes.cast(pointer, ctypes.c_void_p).value or 0, self._n_vocab)
+        return ctypes.addressof(pointer.contents)
 
     def export(self, seq: int) -> Bytes:
         """llama.cpp's state of a sequence (see llama/snapshot.py), a copy. Raises DecodeFailed."""

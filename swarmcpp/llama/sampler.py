@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import llama_cpp.llama_cpp as c
 
+from swarmcpp._native import largest_f32
 from swarmcpp.core import SamplingParams
 from swarmcpp.llama.context import Context
 from swarmcpp.llama.vocab import Vocab
@@ -24,7 +26,7 @@ class Sampler:
         self._chain: Any = chain
         biases = list(params.logit_bias)
         if params.ignore_eos:
-            biases += [(token, float("-inf")) for token in sorted(vocab.eog_tokens)]
+            biases += [(token, -math.inf) for token in sorted(vocab.eog_tokens)]
         if biases:
             array = (c.llama_logit_bias * len(biases))(*(c.llama_logit_bias(token, bias) for token, bias in biases))
             c.llama_sampler_chain_add(chain, c.llama_sampler_init_logit_bias(vocab.n_vocab, len(biases), array))
@@ -33,6 +35,11 @@ class Sampler:
             c.llama_sampler_chain_add(
                 chain, c.llama_sampler_init_penalties(vocab.n_vocab, params.repeat_last_n, *penalties)
             )
+        # Those that decide nothing but which tokens are out of the question need no chain.
+        self._banned: list[int] | None = None
+        if params.temperature <= 0 and penalties == (1.0, 0.0, 0.0) and all(bias == -math.inf for _, bias in biases):
+            self._banned = [token for token, _ in biases if 0 <= token < vocab.n_vocab]
+        self._n_vocab = vocab.n_vocab
         self._draw: Any = None
         if params.temperature <= 0:
             c.llama_sampler_chain_add(chain, c.llama_sampler_init_greedy())
@@ -60,6 +67,10 @@ class Sampler:
 
     def sample(self, context: Context, row: int) -> int:
         """Draw and accept the token after batch row `row` of the last decode."""
+        if self._banned is not None:
+            found = largest_f32(context.logits_address(row), self._n_vocab, self._banned)
+            if found >= 0:
+                return found
         return int(c.llama_sampler_sample(self._chain, context.pointer, row))
 
     def close(self) -> None:

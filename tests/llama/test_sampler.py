@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from engine_support import GREEDY, prompt_of, request
+from hypothesis import given
+from hypothesis import strategies as st
 from llama_support import BackendMaker, generate
 
+from swarmcpp._native import largest_f32
 from swarmcpp.core import Rows, SamplingParams
 from swarmcpp.llama.backend import LlamaBackend
 from swarmcpp.llama.context import Model
+from swarmcpp.llama.sampler import Sampler
 
 WARM = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 PENALISED = replace(GREEDY, repeat_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2, repeat_last_n=12)
@@ -133,4 +138,63 @@ def test_ignore_eos_forbids_every_end(backend: LlamaBackend, tiny: Model, sampli
 def test_closing_twice_is_harmless(backend: LlamaBackend) -> None:
     sampler = backend.sampler(request(PROMPT))
     sampler.close()
+    sampler.close()
+
+
+# -- without a chain -------------------------------------------------------------------------------------------------
+
+
+def largest(values: np.ndarray, banned: Sequence[int] = ()) -> int:
+    before = values.copy()
+    found = largest_f32(values.ctypes.data, len(values), list(banned))
+    np.testing.assert_array_equal(values, before)
+    return found
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=100), st.data())
+def test_the_largest_is_the_first_of_the_largest(values: list[float], data: st.DataObject) -> None:
+    row = np.array(values, np.float32)
+    assert largest(row) == int(row.argmax())
+    banned = data.draw(st.lists(st.integers(0, len(row) - 1), max_size=len(row)))
+    without = row.copy()
+    without[banned] = -np.inf
+    assert largest(row, banned) == int(without.argmax())
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=100), st.data())
+def test_a_nan_has_no_largest(values: list[float], data: st.DataObject) -> None:
+    row = np.array(values, np.float32)
+    row[data.draw(st.integers(0, len(row) - 1))] = np.nan
+    assert largest(row) == -1
+
+
+def test_an_index_outside_is_refused() -> None:
+    row = np.arange(5, dtype=np.float32)
+    for outside in (-1, 5):
+        with pytest.raises(ValueError, match="outside"):
+            largest(row, [2, outside])
+
+
+@pytest.mark.parametrize(
+    "params", [GREEDY, replace(GREEDY, ignore_eos=True), replace(GREEDY, logit_bias=((7, -np.inf),))]
+)
+def test_greedy_says_what_llama_cpps_chain_says(backend: LlamaBackend, params: SamplingParams) -> None:
+    chained = backend.sampler(request(PROMPT, 30, sampling=params))
+    assert isinstance(chained, Sampler)
+    assert chained._banned is not None
+    chained._banned = None
+    told = generate(backend, PROMPT, 30, params)
+    backend.truncate(0, 0)
+    backend.decode([Rows(0, 0, PROMPT, output=True)])
+    for position, token in enumerate(told, len(PROMPT)):
+        assert backend.sample(chained, 0) == token
+        backend.decode([Rows(0, position, [token], output=True)])
+    chained.close()
+
+
+@pytest.mark.parametrize("params", [WARM, PENALISED, replace(GREEDY, logit_bias=((7, -3.0),))])
+def test_what_decides_more_has_a_chain(backend: LlamaBackend, params: SamplingParams) -> None:
+    sampler = backend.sampler(request(PROMPT, 30, sampling=params))
+    assert isinstance(sampler, Sampler)
+    assert sampler._banned is None
     sampler.close()
