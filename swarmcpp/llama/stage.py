@@ -10,12 +10,12 @@ from pathlib import Path
 
 import llama_cpp.llama_cpp as c
 import numpy as np
-from gguf.quants import dequantize
 
 from swarmcpp.core import SamplerLike
 from swarmcpp.errors import BadModel, BadRequest, DecodeFailed, SwarmError
 from swarmcpp.llama.backend import LlamaBackend
 from swarmcpp.llama.context import N_UBATCH, Batch, Context, ContextOptions, Model
+from swarmcpp.llama.convert import float_converter
 from swarmcpp.llama.rows import FloatRows, decode_rows, encode_rows
 from swarmcpp.llama.sampler import Sampler
 from swarmcpp.models.gguf_header import read_header
@@ -27,7 +27,7 @@ from swarmcpp.wire import Buffer, RowEncoding, RunPart
 class EmbeddingTable:
     """The token embedding of a whole model, from its file: what goes into the first stage. Thread-safe.
 
-    Bit-identical to llama.cpp's own look-up: gguf's arithmetic is the same for every type that it can read.
+    With the function that llama.cpp itself looks rows up with (ggml_type_traits), so they are bit-identical to its own.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,24 +39,28 @@ class EmbeddingTable:
         if len(found.shape) != 2:
             raise BadModel(f"{path}: has a token embedding that is no matrix; download it again")
         self.n_embd, self.n_vocab = found.shape
-        self._type = found.ggml_type
-        # Mapped, not read: of hundreds of megabytes only the rows of what is said come into memory.
-        self._raw = np.memmap(file.path, np.uint8, "r", found.offset, (self.n_vocab, found.n_bytes // self.n_vocab))
-        try:
-            self.rows([0])
-        except NotImplementedError:
+        to_float = float_converter(found.ggml_type)
+        if to_float is None:
             raise BadModel(
-                f"{path}: has its token embedding as {self._type.name}, which cannot be looked up here; get the model "
-                "in another quantisation"
-            ) from None
+                f"{path}: has its token embedding as {found.ggml_type.name}, which llama.cpp cannot look up; get the "
+                "model in another quantisation"
+            )
+        self._to_float = to_float
+        # Mapped, not read: of hundreds of megabytes only the rows of what is said come into memory.
+        self._raw = np.memmap(file.path, np.uint8, "r", found.offset, (found.n_bytes,))
+        self._row_bytes = found.n_bytes // self.n_vocab
+        self._address = self._raw.ctypes.data
 
     def rows(self, tokens: Sequence[int]) -> FloatRows:
         """The embeddings of `tokens`, shape (n, n_embd). Raises BadRequest for an id outside the vocabulary."""
         for token in tokens:
             if not 0 <= token < self.n_vocab:
                 raise BadRequest(f"token {token} is not in the vocabulary; ids are 0 to {self.n_vocab - 1}")
-        rows = dequantize(self._raw[list(tokens)], self._type)
-        return np.ascontiguousarray(rows, np.float32).reshape(len(tokens), self.n_embd)
+        rows = np.empty((len(tokens), self.n_embd), np.float32)
+        target = rows.ctypes.data
+        for index, token in enumerate(tokens):
+            self._to_float(self._address + token * self._row_bytes, target + index * rows.strides[0], self.n_embd)
+        return rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
