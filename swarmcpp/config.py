@@ -130,6 +130,12 @@ class InferenceConfig:
         form="auto, on or off",
     )
     persistent_pipeline_stream: bool = setting(True, help="passes follow one another through stages without waiting")
+    stage_poll_ms: int = setting(
+        30,
+        help="ms that a stage watches for its next pass before it sleeps, if the last one came as soon; 0 saves power",
+        low=0,
+        high=1000,
+    )
 
 
 def default_data_dir() -> Path:

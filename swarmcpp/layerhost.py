@@ -168,6 +168,7 @@ class LayerHost:
             prefix_block_tokens=inference.prefix_cache_block_tokens if inference.prefix_cache_enabled else 0,
             diag=logger.isEnabledFor(logging.DEBUG),
             stage=True,
+            poll_s=inference.stage_poll_ms / 1000,
         )
         return options, hardware
 

@@ -48,6 +48,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Say what every step does, on standard error."""
     stage: bool = False
     """The file is a slice: the engine computes the Runs that its node sends, and samples if it has the last layer."""
+    poll_s: float = 0.0
+    """See `engine.stageloop.StageLoop`."""
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
@@ -300,8 +302,8 @@ class StageLink(Protocol):
     frame: bytes | None
     """What came beside the message that `receive` returned last."""
 
-    def receive(self, timeout_s: float) -> ToEngine | None:
-        """See `EngineLink`."""
+    def receive(self, timeout_s: float, poll_s: float = 0.0) -> ToEngine | None:
+        """See `EngineLink`. For `poll_s` it looks again and again instead of sleeping."""
         ...
 
     def send(self, message: FromEngine, frame: Buffer | None = None) -> None:

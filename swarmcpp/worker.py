@@ -95,7 +95,7 @@ def _run_engine(options: EngineOptions, link: WorkerLink, abort_file: Path) -> N
     reuse = options.prefix_block_tokens if layout else 0
     loop: Engine | StageLoop
     if isinstance(backend, LlamaStage):
-        loop = StageLoop(backend, link, time.monotonic, block_tokens=reuse)
+        loop = StageLoop(backend, link, time.monotonic, block_tokens=reuse, poll_s=options.poll_s)
     else:
         loop = _engine(options, backend, link, abort, reuse)
 

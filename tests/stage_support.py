@@ -47,7 +47,7 @@ class StageInbox:
     frame: bytes | None = None
     sent: list[tuple[FromEngine, bytes | None]] = field(default_factory=list)
 
-    def receive(self, timeout_s: float) -> ToEngine | None:
+    def receive(self, timeout_s: float, poll_s: float = 0.0) -> ToEngine | None:
         return self.inbox.popleft() if self.inbox else None
 
     def send(self, message: FromEngine, frame: Buffer | None = None) -> None:

@@ -103,6 +103,18 @@ async def test_messages_go_both_ways_in_order(node: Node) -> None:
         await sending
 
 
+async def test_the_engine_can_watch_instead_of_sleeping(node: Node) -> None:
+    with connected(node) as worker:
+        await greet(node, worker)
+        assert await asyncio.to_thread(worker.receive, 0.0, 0.01) is None
+        waiting = asyncio.create_task(asyncio.to_thread(worker.receive, 0.0, DEADLINE_S))
+        await asyncio.sleep(0)
+        node.send(Cancel(1))
+        assert await waiting == Cancel(1)
+        node.close()
+        assert await asyncio.to_thread(worker.receive, DEADLINE_S, DEADLINE_S) == Stop()
+
+
 async def test_a_large_message_passes(node: Node) -> None:
     with connected(node) as worker:
         await greet(node, worker)

@@ -7,6 +7,7 @@ other sequence.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -106,13 +107,25 @@ class Opened:
 
 
 class StageLoop:
-    """Owner of a stage's sequences. `block_tokens` 0: its KV can neither be stored nor moved."""
+    """Owner of a stage's sequences. `block_tokens` 0: its KV can neither be stored nor moved.
 
-    def __init__(self, backend: StageBackend, link: StageLink, clock: Clock, *, block_tokens: int = 0) -> None:
+    For `poll_s` after a pass it watches for the next one without sleeping, if the last one came as soon. In a chain
+    each stage waits for the others between the passes of one stream, and a core that has gone to sleep takes as long to
+    wake up as the message took to come. llama.cpp's threads wait in the same way (`--poll`).
+    """
+
+    def __init__(
+        self, backend: StageBackend, link: StageLink, clock: Clock, *, block_tokens: int = 0, poll_s: float = 0.0
+    ) -> None:
         self._backend = backend
         self._link = link
         self._clock = clock
         self._block_tokens = block_tokens
+        self._poll_s = poll_s
+        self._answered = -math.inf
+        """When the last pass was answered."""
+        self._gap_s = math.inf
+        """How long after an answer the last pass came."""
         self._sequences: dict[int, Opened] = {}
         """By serial."""
         self._arena = False
@@ -124,8 +137,9 @@ class StageLoop:
     def serve(self) -> None:
         """Work until Stop arrives. Raises DecodeFailed when the context seems to be of no more use."""
         while not self.stopped:
-            message = self._link.receive(IDLE_POLL_S)
+            message = self._link.receive(IDLE_POLL_S, self._poll_s if self._gap_s <= self._poll_s else 0.0)
             if message is None:
+                self._gap_s = math.inf
                 self.check_integrity()
             else:
                 self.handle(message, self._link.frame)
@@ -237,16 +251,19 @@ class StageLoop:
 
     def _answer_run(self, message: Run, frame: Buffer | None) -> None:
         begun = self._clock()
+        self._gap_s = begun - self._answered
         try:
             ids, rows, neighbours = self._run(message, frame)
         except (StageLost, WireError, DecodeFailed) as error:
             self._link.send(Ran(run=message.run, code=error.code, message=str(error)))
+            self._answered = self._clock()
             if self._failures >= MAX_FAILURES:
                 raise
             return
         seconds = self._clock() - begun
         count = sum(part.count for part in message.parts)
         self._link.send(Ran(run=message.run, ids=ids, seconds=seconds, neighbours=neighbours), rows)
+        self._answered = self._clock()
         # After it: whoever reads the line takes longer than the message does.
         diag(logger, "stage pass", rows=count, parts=len(message.parts), ms=round(1000 * seconds, 3))
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
+import time
+from collections.abc import Callable
 from typing import Final
 
 from swarmcpp.swarm.framing import HEADER, READ_BYTES, Ticket, pieces, sizes
 from swarmcpp.wire import Buffer, FromEngine, Stop, ToEngine, decode, encode
 
 LINGER_S: Final = 1.0
+
+_yield: Final[Callable[[], None]] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
 class WorkerLink:
@@ -30,9 +35,9 @@ class WorkerLink:
         self._buffer = b""
         """What was read beyond the last message."""
 
-    def receive(self, timeout_s: float) -> ToEngine | None:
-        """See `wire.EngineLink`. Stop when the node has closed its end."""
-        if not self._buffer and not select.select([self._socket], [], [], timeout_s)[0]:
+    def receive(self, timeout_s: float, poll_s: float = 0.0) -> ToEngine | None:
+        """See `wire.StageLink`. Stop when the node has closed its end."""
+        if not self._buffer and not (poll_s and self._watch(poll_s)) and not self._wait(timeout_s):
             return None
         if not self._fill(HEADER.size):
             return Stop()
@@ -44,6 +49,19 @@ class WorkerLink:
         buffer, self._buffer = self._buffer, self._buffer[end:]
         self.frame = buffer[middle:end] if beside >= 0 else None
         return decode(buffer[HEADER.size : middle])  # type: ignore[return-value]
+
+    def _wait(self, timeout_s: float) -> bool:
+        """Whether there is something to read within that time."""
+        return bool(select.select([self._socket], [], [], timeout_s)[0])
+
+    def _watch(self, poll_s: float) -> bool:
+        """The same without sleeping; other processes get the core all the same, as the node may need it."""
+        end = time.monotonic() + poll_s
+        while not self._wait(0):
+            if time.monotonic() >= end:
+                return False
+            _yield()
+        return True
 
     def _fill(self, size: int) -> bool:
         """Read until `size` bytes are there; False at the end of the stream. A node writes whole messages."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import llama_cpp.llama_cpp as c
@@ -12,13 +13,29 @@ from engine_support import GREEDY, prompt_of, request
 from stage_support import N_EMBD, N_LAYERS, N_VOCAB, OPTIONS, Chain, Stage, resumed, stage_model
 
 from swarmcpp.core import BlockRef, GenerateRequest, Rows, SamplingParams
+from swarmcpp.engine.stageloop import StageLoop
 from swarmcpp.errors import DecodeFailed
 from swarmcpp.kv.arena import ArenaFile, ArenaGeometry
 from swarmcpp.llama.backend import LlamaBackend
 from swarmcpp.llama.context import Context, Model
 from swarmcpp.llama.rows import FloatRows
 from swarmcpp.llama.stage import StageContext, StageRows
-from swarmcpp.wire import BlocksStored, Cancel, Place, Placed, Ran, Run, RunPart, Stop, StoreBlocks, UseArena
+from swarmcpp.testing import FakeClock
+from swarmcpp.wire import (
+    BlocksStored,
+    Buffer,
+    Cancel,
+    FromEngine,
+    Place,
+    Placed,
+    Ran,
+    Run,
+    RunPart,
+    Stop,
+    StoreBlocks,
+    ToEngine,
+    UseArena,
+)
 
 STEPS = 50
 Decode = Callable[[Sequence[StageRows]], FloatRows]
@@ -334,3 +351,39 @@ def test_blocks_come_back_from_the_arena(first: Stage, tmp_path: Path) -> None:
     assert (placed.tokens, placed.blocks) == (90, 0), "what it has is enough"
     placed, _ = first.ask(Place(serial=4, tokens=128, blocks=(refs[0], BlockRef(1, bytes(32)))), Placed)
     assert (placed.tokens, placed.blocks, placed.bad_blocks) == (64, 1, True)
+
+
+# -- how it waits ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Comings:
+    """A `wire.StageLink` at which messages come after some time each; None: nothing comes within the time-out."""
+
+    clock: FakeClock
+    comings: list[tuple[float, ToEngine | None]]
+    polls: list[float] = field(default_factory=list)
+    frame: bytes | None = None
+
+    def receive(self, timeout_s: float, poll_s: float = 0.0) -> ToEngine | None:
+        self.polls.append(poll_s)
+        seconds, message = self.comings.pop(0)
+        self.clock.advance(seconds)
+        self.frame = rows_of(1)
+        return message
+
+    def send(self, message: FromEngine, frame: Buffer | None = None) -> None:
+        pass
+
+
+def test_it_watches_for_a_pass_if_the_last_one_came_soon(first: Stage) -> None:
+    clock = FakeClock()
+    soon, late = 0.02, 0.04
+    run = Run(run=1, parts=(RunPart(serial=1, start=0, count=1, output=False),), encoding="f32", reply="f32")
+    comings = [(0.0, run), (soon, run), (soon, run), (late, run), (soon, run), (soon, None), (soon, Stop())]
+    link = Comings(clock, list(comings))
+    StageLoop(first.backend, link, clock, poll_s=0.03).serve()
+    assert link.polls == [0.0, 0.0, 0.03, 0.03, 0.0, 0.03, 0.0]
+    link = Comings(clock, list(comings))
+    StageLoop(first.backend, link, clock).serve()
+    assert set(link.polls) == {0.0}
