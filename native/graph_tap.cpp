@@ -48,7 +48,7 @@ bool GraphTap::on_eval(const void *opaque, bool ask, void *data) {
         tap->note_kv(tensor, name);
         return false;
     }
-    return tap->tensor_ == name;
+    return !tap->tensor_.empty() && tap->tensor_ == name;
 }
 
 void GraphTap::take(const ggml::Tensor *tensor) {
@@ -63,12 +63,7 @@ void GraphTap::take(const ggml::Tensor *tensor) {
 
 // llama_kv_cache::cpy_k and cpy_v: ggml_set_rows(the cache of a layer, new rows, the cells that they go to).
 void GraphTap::note_kv(const ggml::Tensor *write, const char *name) {
-    char side = 0;
-    int layer = 0;
-    if (std::sscanf(name, "cache_%c_l%d", &side, &layer) != 2 || (side != 'k' && side != 'v')) {
-        return;
-    }
-    // A tensor's name stands behind what ggml_abi.h describes of it: in another version of ggml it would not be there.
+    // Behind what ggml_abi.h describes of a tensor stands its name: in another version of ggml it would not.
     if (name != reinterpret_cast<const char *>(write + 1) || std::strcmp(op_desc_(write), "SET_ROWS") != 0) {
         return;
     }
@@ -76,19 +71,25 @@ void GraphTap::note_kv(const ggml::Tensor *write, const char *name) {
     if (cells->type != ggml::TYPE_I64 || cells->ne[1] != 1) {
         return;
     }
-    const KvPlace place{side, layer, reinterpret_cast<uintptr_t>(write->data), write->nb[1], write->ne[1]};
-    const auto known = std::find_if(places_.begin(), places_.end(),
-                                    [&](const KvPlace &each) { return each.side == side && each.layer == layer; });
+    const auto address = reinterpret_cast<uintptr_t>(write->data);
+    const auto known = std::find_if(places_.begin(), places_.end(), [&](const KvPlace &each) { return each.address == address; });
     if (known == places_.end()) {
-        places_.push_back(place);
-    } else {
-        *known = place;
+        learn(write, name);
     }
     // All layers' rows go to the same cells.
-    if (side == 'k' && layer == places_.front().layer) {
+    if (!places_.empty() && address == places_.front().address) {
         const auto *first = static_cast<const int64_t *>(cells->data);
         cells_.insert(cells_.end(), first, first + cells->ne[0]);
     }
+}
+
+void GraphTap::learn(const ggml::Tensor *write, const char *name) {
+    char side = 0;
+    int layer = 0;
+    if (std::sscanf(name, "cache_%c_l%d", &side, &layer) != 2 || (side != 'k' && side != 'v')) {
+        return;
+    }
+    places_.push_back({side, layer, reinterpret_cast<uintptr_t>(write->data), write->nb[1], write->ne[1]});
 }
 
 }  // namespace swarmcpp

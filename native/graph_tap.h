@@ -40,6 +40,7 @@ public:
 private:
     void take(const ggml::Tensor *tensor);
     void note_kv(const ggml::Tensor *write, const char *name);
+    void learn(const ggml::Tensor *write, const char *name);
 
     std::string tensor_;
     const char *(*get_name_)(const void *) = nullptr;

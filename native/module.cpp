@@ -71,11 +71,13 @@ bool all_finite_f32(uintptr_t address, size_t count) {
 // llama.cpp's greedy sampler says, without its list of candidates: 12 bytes for each token of the vocabulary.
 int64_t largest_f32(uintptr_t address, size_t count, const std::vector<int64_t> &banned) {
     auto *values = reinterpret_cast<float *>(address);
-    std::vector<float> kept;
     for (const int64_t index : banned) {
         if (index < 0 || static_cast<size_t>(index) >= count) {
             throw std::invalid_argument("a banned index is outside");
         }
+    }
+    std::vector<float> kept;
+    for (const int64_t index : banned) {
         kept.push_back(values[index]);
         values[index] = -INFINITY;
     }

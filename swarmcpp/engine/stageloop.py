@@ -137,12 +137,16 @@ class StageLoop:
     def serve(self) -> None:
         """Work until Stop arrives. Raises DecodeFailed when the context seems to be of no more use."""
         while not self.stopped:
-            message = self._link.receive(IDLE_POLL_S, self._poll_s if self._gap_s <= self._poll_s else 0.0)
+            message = self._link.receive(IDLE_POLL_S, self._watch_s())
             if message is None:
                 self._gap_s = math.inf
                 self.check_integrity()
             else:
                 self.handle(message, self._link.frame)
+
+    def _watch_s(self) -> float:
+        """How long to watch for the next pass from now on."""
+        return max(0.0, self._answered + self._poll_s - self._clock()) if self._gap_s <= self._poll_s else 0.0
 
     def handle(self, message: ToEngine, frame: Buffer | None = None) -> None:
         """Apply one message from the node."""

@@ -83,7 +83,7 @@ class Context:
         if options.abort_callback:
             params.abort_callback = c.ggml_abort_callback(options.abort_callback)
             params.abort_callback_data = ctypes.c_void_p(options.abort_data)
-        self.tap = GraphTap(options.hidden, {name: lib.address(name) for name in _TAP_FUNCTIONS})
+        self.tap = GraphTap(options.hidden, {name: lib.tensor_function(name) for name in _TAP_FUNCTIONS})
         params.cb_eval = c.ggml_backend_sched_eval_callback(GraphTap.callback_address)
         params.cb_eval_user_data = ctypes.c_void_p(self.tap.address)
         lib.recent_errors()
@@ -113,7 +113,7 @@ class Context:
         code = c.llama_decode(self.pointer, batch.struct)
         if code == 0:
             if self.kv:
-                self.kv.check_decode(*batch.cells, self.tap.cells())
+                self.kv.check_decode(*batch.positions, self.tap.cells())
             return
         if code == 2:
             raise DecodeAborted("the step was aborted")
@@ -167,6 +167,7 @@ class Context:
     def close(self) -> None:
         """Free the KV memory and buffers."""
         if self.pointer:
+            self.kv = None
             c.llama_free(self.pointer)
             self.pointer = None
 
@@ -207,8 +208,8 @@ class Batch:
         return self._struct
 
     @property
-    def cells(self) -> tuple[list[int], list[int]]:
-        """Sequences and positions of the rows."""
+    def positions(self) -> tuple[list[int], list[int]]:
+        """Sequences of the rows, and positions in these."""
         return self._seqs[: self.count].tolist(), self._positions[: self.count].tolist()
 
     def clear(self) -> None:

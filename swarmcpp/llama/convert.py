@@ -6,8 +6,9 @@ import ctypes
 from collections.abc import Callable
 from typing import Final
 
-import llama_cpp.llama_cpp as c
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from llama_cpp._ctypes_extensions import load_shared_library
+from llama_cpp._ggml import libggml_base_path
 
 from swarmcpp.errors import SwarmError
 from swarmcpp.llama.lib import start
@@ -42,13 +43,13 @@ def float_converter(kind: GGMLQuantizationType) -> Convert | None:
     if kind is GGMLQuantizationType.F32:
         return _copy
     start()
-    traits = c._lib.ggml_get_type_traits
+    traits = load_shared_library("ggml-base", libggml_base_path).ggml_get_type_traits
     traits.argtypes, traits.restype = [ctypes.c_int], ctypes.POINTER(_Traits)
     found = traits(int(kind)).contents
-    if not found.to_float:
-        return None
     if (found.blck_size, found.type_size) != GGML_QUANT_SIZES[kind]:
         raise SwarmError(f"ggml_type_traits of {kind.name} is laid out otherwise; install the pinned llama-cpp-python")
+    if not found.to_float:
+        return None
     return _CONVERT(found.to_float)
 
 

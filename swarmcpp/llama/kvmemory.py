@@ -9,6 +9,7 @@ checked all the same, in every decode and after every restored state; what is el
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ from swarmcpp._native import GraphTap
 from swarmcpp.core import KvLayout
 from swarmcpp.errors import SnapshotError
 from swarmcpp.llama.snapshot import Bytes, Part, parse
+
+logger = logging.getLogger(__name__)
 
 
 class KvMemory:
@@ -51,23 +54,40 @@ class KvMemory:
         return [rows[cells] for rows in self._k], [rows[cells] for rows in self._v]
 
     def check_decode(self, seqs: Sequence[int], positions: Sequence[int], cells: Sequence[int]) -> None:
-        """Rows of these sequences and positions have been written to `cells`, in any order."""
+        """Rows of these sequences and positions have been written to `cells`: those of each sequence in their order."""
         expected = [seq * self.n_cells + position for seq, position in zip(seqs, positions, strict=True)]
-        if sorted(cells) != sorted(expected):
-            self._elsewhere.update(cell // self.n_cells for cell in set(expected).difference(cells))
+        if cells == expected:
+            return
+        # llama.cpp takes rows of several sequences in turn.
+        found = _by_stream(cells, self.n_cells)
+        for seq, wanted in _by_stream(expected, self.n_cells).items():
+            if found.get(seq) != wanted:
+                self._leave(seq)
 
     def check_restored(self, seq: int, state: Bytes) -> None:
         """A sequence has got this state."""
         # One layer is enough: the others use the same cells.
         k, first = parse(state, self._layout).k[0], seq * self.n_cells
-        if not len(k) or np.array_equal(self._k[0][first : first + len(k)], k):
+        if np.array_equal(self._k[0][first : first + len(k)].reshape(k.shape), k):
             self._elsewhere.discard(seq)
         else:
-            self._elsewhere.add(seq)
+            self._leave(seq)
+
+    def _leave(self, seq: int) -> None:
+        if seq not in self._elsewhere:
+            logger.debug("slot %d has KV in cells that are not its first ones: it is exported until it is empty", seq)
+        self._elsewhere.add(seq)
 
     def check_emptied(self, seq: int) -> None:
         """A sequence has no tokens any more."""
         self._elsewhere.discard(seq)
+
+
+def _by_stream(cells: Sequence[int], n_cells: int) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for cell in cells:
+        found.setdefault(cell // n_cells, []).append(cell)
+    return found
 
 
 def _view(address: int, row_bytes: int, n_rows: int) -> Bytes:

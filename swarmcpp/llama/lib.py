@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as c
+from llama_cpp._ctypes_extensions import load_shared_library
+from llama_cpp._ggml import libggml_base_path
 
 from swarmcpp._native import register_q8_backend
 from swarmcpp.errors import BadModel, SwarmError
@@ -78,6 +80,20 @@ def address(function: str) -> int:
     """
     found = getattr(c._lib, function, None)
     return 0 if found is None else ctypes.cast(found, ctypes.c_void_p).value or 0
+
+
+def tensor_function(name: str) -> int:
+    """Where a function of ggml is that only looks at what it is given. Raises SwarmError when there is none.
+
+    Any copy of the library will do; Windows finds in llama.dll only what llama.cpp itself exports.
+    """
+    if found := address(name):
+        return found
+    try:
+        function = load_shared_library("ggml-base", libggml_base_path)[name]
+    except AttributeError:
+        raise SwarmError(f"this llama.cpp has no {name}; install the pinned llama-cpp-python") from None
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def use_q8_kernel() -> None:

@@ -34,7 +34,7 @@ class PipelinePolicy:
     """The switches of a head. `slots` requests run and `queue_size` more wait.
 
     `persistent`: passes overlap; without it each waits until the one before is back. `copy_every`: tokens after which
-    stages store the blocks of requests that still run, where that `copies` to other nodes; 0: never.
+    stages store the blocks of requests that still run, on chains that have `copies`; 0: never.
     """
 
     slots: int
@@ -63,9 +63,9 @@ class Surroundings:
 
     `routes` gives the best chain now, or raises NotReady, whose text says what is missing. `keys` are those of the
     full blocks of tokens under a salt; none where caching is off. `rtt` is the sum of the delays of a chain's links,
-    from the head round to the head, in seconds. `copies` says whether what the stages of a chain store is copied to
-    other nodes. `encodings` are those of rows to the first stage and between the
-    others. `micro_batches(streams, curves, rtt_s, most)` is how many micro-batches to keep in flight.
+    from the head round to the head, in seconds. `copies` says whether a stage of a chain has a double that may want
+    copies of what it stores. `encodings` are those of rows to the first stage and between the others.
+    `micro_batches(streams, curves, rtt_s, most)` is how many micro-batches to keep in flight.
     """
 
     embed: Callable[[Sequence[int]], FloatRows]

@@ -114,8 +114,10 @@ class _Dial:
     node: NodeId | None = None
     """Set while the link is greeted."""
     lost: asyncio.Event = field(default_factory=asyncio.Event)
+    boot: int = 0
+    """The newest life in which it has said hello itself."""
     heard: asyncio.Event = field(default_factory=asyncio.Event)
-    """It has said hello itself: there is no reason to wait with the next try."""
+    """It has, in a new life: there is no reason to wait with the next try."""
     task: asyncio.Task[None] | None = None
     refused: str = ""
 
@@ -285,27 +287,38 @@ class Mesh:
                 dial.refused = reason
                 self.changed.set()
                 failures += 1
-                dial.addresses.rotate(-1)
+                # Another one may be in front by now, which it has said itself.
+                if address in dial.addresses:
+                    dial.addresses.remove(address)
+                    dial.addresses.append(address)
                 # Jitter: nodes that lost each other at one moment shall not meet at one moment again and again.
                 pause = REDIAL_S[min(failures, len(REDIAL_S)) - 1]
-                await self._pause(pause * random.uniform(0.8, 1.2), dial.heard)
+                if await self._pause(pause * random.uniform(0.8, 1.2), dial.heard):
+                    failures = 0
+                    if dial.link:
+                        # It may be waiting itself before it connects again.
+                        await dial.link.aclose()
+                        dial.link = None
                 continue
             failures = 0
+            dial.heard.clear()
             await dial.lost.wait()
             self._lose(dial)
         if dial.link:
             await dial.link.aclose()
         self._dials.pop(key, None)
 
-    async def _pause(self, seconds: float, end: asyncio.Event) -> None:
-        """Sleep until `end` is set, if that is sooner; clears it."""
+    async def _pause(self, seconds: float, end: asyncio.Event) -> bool:
+        """Sleep until `end` is set, if that is sooner; whether it was. Clears it."""
         waiting = (asyncio.ensure_future(self._sleep(seconds)), asyncio.ensure_future(end.wait()))
         try:
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for each in waiting:
                 each.cancel()
+        ended = end.is_set()
         end.clear()
+        return ended
 
     async def _greet(self, address: Address, dial: _Dial) -> None:
         """Hello, then everything that this node wants to know. Raises SwarmError."""
@@ -436,15 +449,18 @@ class Mesh:
         if capability.node == self._identity.node_id and capability.boot != self._identity.boot:
             raise IdentityTaken(f"another node has the identity {capability.node}; take a new one")
         if capability.node != self._identity.node_id:
-            self._expect([each for each in capability.addresses if node_id(each.key) == capability.node])
+            self._expect(capability)
         return Welcome(PROTOCOL, self._capability(), self.addresses()[:ANNOUNCED_PEERS])
 
-    def _expect(self, addresses: Sequence[Address]) -> None:
-        """A node says that it is at these addresses now, which goes before what was known of it."""
+    def _expect(self, capability: Capability) -> None:
+        """A node says where it is. In a new life that goes before what was known of it, and is tried at once."""
+        addresses = [each for each in capability.addresses if node_id(each.key) == capability.node]
         self.dial(addresses)
         dial = self._dials.get(addresses[0].key) if addresses else None
-        if dial is None or dial.node:
+        # Once in each life: nodes that greet each other in vain would do so without a pause.
+        if dial is None or capability.boot <= dial.boot:
             return
+        dial.boot = capability.boot
         for address in reversed(addresses):
             if address in dial.addresses:
                 dial.addresses.remove(address)

@@ -24,7 +24,6 @@ from swarmcpp.route.passes import pass_s
 from swarmcpp.stages import StageRef
 from swarmcpp.swarm.fetch import PrefixQuery, fetch_prefix
 from swarmcpp.swarm.fetchcontext import FetchContext, Trust
-from swarmcpp.swarm.links import probe
 from swarmcpp.swarm.serving import BlockServer, Governor
 from swarmcpp.swarm.stagecall import hop
 from swarmcpp.swarming.blocks import tell_on_loop
@@ -191,19 +190,17 @@ class StageCopies:
         cache = stage.supervisor.cache
         if cache is None or len(keys) > stage.supervisor.status.ctx_size // cache.block_tokens:
             return
-        settings = self._context.settings
-        if self._replicate == "off" or settings.trust_min > 1:
-            return
-        if self._context.trust.trusted(source, settings.trust_min):
+        if self._affordable(stage, cache, source):
             self._spawn(self._fetch(stage, source, keys))
 
-    async def _affordable(self, stage: OwnStage, cache: PrefixCache, source: NodeId) -> bool:
-        """Whether the link allows it; a link that nobody has measured yet, as of a node that has just come, is."""
-        links = self._context.links
+    def _affordable(self, stage: OwnStage, cache: PrefixCache, source: NodeId) -> bool:
+        settings, links = self._context.settings, self._context.links
+        if self._replicate == "off" or settings.trust_min > 1:
+            return False
+        if not self._context.trust.trusted(source, settings.trust_min):
+            return False
         if self._replicate == "on":
             return True
-        if not links.rate_known(source) and (caller := self._callers(source)):
-            await probe(links, source, caller)
         row_s = pass_s(stage.times.curve(), TILE_ROWS, stage.ref.last - stage.ref.first) / TILE_ROWS
         ship_s = cache.block_bytes / links.bytes_per_s(source)
         return links.rate_known(source) and ship_s <= SHARE * row_s * cache.block_tokens
@@ -212,7 +209,7 @@ class StageCopies:
         async with self._places:
             cache = stage.supervisor.cache
             have = cache.held_keys(keys) if cache else 0
-            if cache is None or have == len(keys) or not await self._affordable(stage, cache, source):
+            if cache is None or have == len(keys):
                 return
 
             async def store(first: int, payloads: Sequence[bytes | memoryview], *, exact: bool) -> int:

@@ -170,6 +170,13 @@ def test_kv_is_in_the_first_cells_of_its_slot_whatever_is_done(make: Maker, seed
             assert_in_place(backend, each)
 
 
+def test_kv_of_a_context_with_one_slot(make: Maker) -> None:
+    """Its tensors have no dimension of streams."""
+    backend = make(n_seqs=1)
+    compute(backend, 0, TOKENS)
+    assert_in_place(backend, 0)
+
+
 def let_cells_be_elsewhere(backend: LlamaBackend, slot: int) -> None:
     """Let a slot of 199 tokens have 200, the last but one in cell 100: the token that was there is taken out, and those
     behind it are one position less."""

@@ -173,6 +173,7 @@ def test_an_index_outside_is_refused() -> None:
     for outside in (-1, 5):
         with pytest.raises(ValueError, match="outside"):
             largest(row, [2, outside])
+        assert row.tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
