@@ -8,8 +8,11 @@ cannot hold both it drains and releases first. What others know of it, and it of
   first layer to the last, so each layer has another ready stage;
 * a drained range is released only after `TICKS` more ticks, and only if that still holds. Two nodes that each counted
   on the other see that by then, as long as news takes fewer than `TICKS` ticks;
-* of nodes that drain overlapping ranges all but the one with the least id resume, and who would begin waits while
-  another node loads or drains any of the layers. So one node at a time moves, and the least id always can.
+* of nodes that drain overlapping ranges, or ranges without which together there is no route, all but the one with the
+  least id resume, and who would begin waits while another node loads or drains any of the layers. So one node at a time
+  moves, and the least id always can;
+* a node whose drain was undone waits longer than before, each a different time. What a plan gives to whom depends on what
+  all hold, so nodes that act in step on the same late news could move to and fro together for ever.
 """
 
 from __future__ import annotations
@@ -18,9 +21,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from blake3 import blake3
+
 from swarmcpp.peers import NodeId
 
 TICKS: Final = 3
+MAX_DOUBLINGS: Final = 4
+"""At 5 s a tick, nobody waits for more than 5 minutes."""
 
 StageState = Literal["loading", "ready", "draining"]
 Range = tuple[int, int]
@@ -85,6 +92,8 @@ class AutoShard:
         self._wanted: Range | None = None
         self._same = 0
         self._drained = 0
+        self._undone = 0
+        """Drains that were undone one after another."""
 
     def tick(self, wanted: Range | None, stages: Sequence[HeldStage], *, fits: bool, idle: bool) -> Action:
         """What to do now.
@@ -101,23 +110,33 @@ class AutoShard:
             self._drained += 1
             return self._while_draining(draining, own, others, idle)
         self._drained = 0
-        if self._same < TICKS or any(s.state == "loading" for s in own):
+        if self._same < self._patience() or any(s.state == "loading" for s in own):
             return Nothing()
         return self._move(own, others, fits)
 
+    def _patience(self) -> int:
+        """Ticks that must want the same before something moves: drawn by the node's id from a window that doubles with
+        each drain that was undone, as Ethernet's stations wait after a collision."""
+        if not self._undone:
+            return TICKS
+        window = TICKS << min(self._undone, MAX_DOUBLINGS)
+        drawn = blake3(f"{self._node} {self._undone}".encode()).digest(4)
+        return TICKS + int.from_bytes(drawn, "little") % window
+
     def _while_draining(self, stage: HeldStage, own: list[HeldStage], others: list[HeldStage], idle: bool) -> Action:
-        overlapping = [s for s in others if s.state == "draining" and _overlap(s, stage)]
-        rival = any(s.node < self._node for s in overlapping)
         spared = self._spared(stage, own, others)
+        # Also parts of two different routes: each alone can be missed, but not both.
+        rivals = [s for s in others if s.state == "draining" and (not spared or _overlap(s, stage))]
+        rival = any(s.node < self._node for s in rivals)
         # Nodes that drain too, with greater ids, resume when they see this one.
-        hopeful = spared or self._spared(
-            stage, own, [replace(s, state="ready") if s in overlapping else s for s in others]
-        )
+        hopeful = spared or self._spared(stage, own, [replace(s, state="ready") if s in rivals else s for s in others])
         if rival or self._wanted == (stage.first, stage.last) or not hopeful:
             # From the start again: whoever this gives way to must be seen to have moved.
             self._same = 0
+            self._undone += 1
             return Resume(stage.first, stage.last)
         if spared and idle and self._drained > TICKS:
+            self._undone = 0
             return Release(stage.first, stage.last)
         return Nothing()
 

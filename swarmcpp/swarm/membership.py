@@ -134,6 +134,11 @@ class Membership:
         peer = self._peers.get(node)
         return None if peer is None else _view(peer, self._clock())
 
+    def is_alive(self, node: NodeId) -> bool:
+        """Whether a peer is known and still gives news of itself."""
+        peer = self._peers.get(node)
+        return peer is not None and peer.status is Status.ALIVE
+
     def welcome(self, capability: Capability) -> Heard:
         """Take what a node said of itself in its Hello or Welcome: NEW, NEWS, STALE, REPLAY or OWN.
 

@@ -45,6 +45,7 @@ from swarmcpp.swarm.stagecall import HopTimes, StageBounds, StageHost
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S: Final = 20.0
+WATCH_S: Final = 0.25
 """Of everything but passes. It waits for those before it at the engine, and `resume` reads blocks from a disk."""
 
 _DOCUMENTED = (StageLost, QueueFull, PeerLost, PeerTimeout, NotReady, EngineFailed, WireError)
@@ -63,12 +64,20 @@ class _Hosted:
 class StageService:
     """All stages that one node can ask, and its own, which its peers ask. Used on the event loop's thread.
 
-    `callers` gives the link to a peer that can be asked now.
+    `callers` gives the link to a peer that can be asked now; `alive` says whether it still gives news of itself.
     """
 
-    def __init__(self, node: NodeId, callers: Callable[[NodeId], Caller | None], clock: Clock) -> None:
+    def __init__(
+        self,
+        node: NodeId,
+        callers: Callable[[NodeId], Caller | None],
+        clock: Clock,
+        *,
+        alive: Callable[[NodeId], bool] = lambda _node: True,
+    ) -> None:
         self._node = node
         self._callers = callers
+        self._alive = alive
         self._clock = clock
         self._times = HopTimes()
         self._hosted: dict[tuple[bytes, Hop], _Hosted] = {}
@@ -87,7 +96,7 @@ class StageService:
         """A stage as its head drives it. Whether it is there shows when it is asked."""
         if ref.node == self._node:
             return LocalStage(ref, self._find, self.caller)
-        return RemoteStage(ref, self._callers, self._times, self._clock)
+        return RemoteStage(ref, self._callers, self._times, self._clock, self._alive)
 
     def _find(self, fingerprint: bytes, hop: Hop) -> _Hosted:
         """A stage of this node. Raises StageLost."""
@@ -225,12 +234,18 @@ class RemoteStage:
     """A stage of a peer, over the link to it. Satisfies `stages.StageCaller`."""
 
     def __init__(
-        self, ref: StageRef, callers: Callable[[NodeId], Caller | None], times: HopTimes, clock: Clock
+        self,
+        ref: StageRef,
+        callers: Callable[[NodeId], Caller | None],
+        times: HopTimes,
+        clock: Clock,
+        alive: Callable[[NodeId], bool],
     ) -> None:
         self._ref = ref
         self._callers = callers
         self._times = times
         self._clock = clock
+        self._alive = alive
 
     async def open(
         self, sequence: bytes, epoch: int, keys: Sequence[bytes], request: GenerateRequest | None, n_tokens: int
@@ -288,13 +303,20 @@ class RemoteStage:
             raise WireError(f"{stagecall.name(self._ref)} answers with a {type(reply).__name__}; it was only told")
 
     async def _ask(self, message: OpenSequence | ResumeSequence | StoreSequence | CloseSequence) -> Reply:
+        asking = asyncio.ensure_future(self._link().ask(message, timeout_s=CALL_TIMEOUT_S))
         try:
-            reply, _ = await self._link().ask(message, timeout_s=CALL_TIMEOUT_S)
+            # A stage may be busy for long, but a node that has frozen says nothing of itself either.
+            while not (await asyncio.wait((asking,), timeout=WATCH_S))[0]:
+                if not self._alive(self._ref.node):
+                    raise PeerTimeout(f"{stagecall.name(self._ref)} does not answer, and its node gives no news")
+            reply, _ = asking.result()
         except _DOCUMENTED:
             raise
         except SwarmError as error:
             # What an honest node asks is not refused as a client's mistake.
             raise WireError(f"{stagecall.name(self._ref)} refuses: {error}") from error
+        finally:
+            asking.cancel()
         return reply
 
     def _link(self) -> Caller:

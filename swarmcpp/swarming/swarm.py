@@ -86,7 +86,7 @@ class Swarm:
         self.mesh = Mesh(key, identity, self, clock=clock)
         self.trust = TrustBook(store.trust_path, clock)
         self.models = SwarmModels(self.mesh, config.storage.data_dir)
-        self.stages = StageService(identity.node_id, self.mesh.caller, clock)
+        self.stages = StageService(identity.node_id, self.mesh.caller, clock, alive=self.mesh.membership.is_alive)
         compression = config.inference.activation_compression
         self.pipelines = Pipelines(identity.node_id, self.mesh, self.stages, compression=compression)
         self._own: Capability | None = None

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from placement_support import machine, shape
 
 from swarmcpp.route.autoshard import (
+    MAX_DOUBLINGS,
     TICKS,
     Acquire,
     Action,
@@ -113,6 +114,29 @@ def test_of_two_that_drain_the_same_the_least_id_goes_on() -> None:
     assert greater.tick(None, both, fits=True, idle=True) == Resume(0, 8)
     assert ticks(least, None, both, 9) == [Nothing()] * 9
     assert least.tick(None, [both[0], ready("bb", 0, 8)], fits=True, idle=True) == Release(0, 8)
+
+
+def test_of_two_without_which_there_is_no_route_the_least_id_goes_on() -> None:
+    """They hold parts of two different chains."""
+    least, greater = AutoShard("aa", N_LAYERS), AutoShard("bb", N_LAYERS)
+    chains = [
+        *(ready("cc", 0, 3), HeldStage("aa", 3, 4, "draining"), ready("dd", 4, 8)),
+        *(ready("ee", 0, 6), HeldStage("bb", 6, 8, "draining")),
+    ]
+    assert greater.tick(None, chains, fits=True, idle=True) == Resume(6, 8)
+    assert least.tick(None, chains, fits=True, idle=True) == Nothing()
+
+
+def test_a_node_whose_drain_was_undone_waits_longer_each_time() -> None:
+    shard, stages = AutoShard("aa", N_LAYERS), [ready("aa", 0, 8), ready("bb", 0, 8)]
+    alone, waits = [HeldStage("aa", 0, 8, "draining")], []
+    for _ in range(12):
+        waited = next(count for count in range(1, 100) if shard.tick(None, stages, fits=True, idle=True) == Drain(0, 8))
+        waits.append(waited)
+        assert shard.tick(None, alone, fits=True, idle=True) == Resume(0, 8)
+    assert waits[0] == TICKS
+    assert all(TICKS <= wait < TICKS + (TICKS << MAX_DOUBLINGS) for wait in waits)
+    assert len(set(waits)) > 6
 
 
 def test_one_waits_while_another_moves_the_same_layers() -> None:
@@ -254,5 +278,6 @@ def test_nodes_reach_a_given_layout_and_lose_no_layer(simulation: Simulation, da
 @settings(max_examples=10, deadline=None)
 @given(simulations())
 def test_nodes_that_each_plan_on_late_views_settle_and_lose_no_layer(simulation: Simulation) -> None:
-    assert simulation.run(150) > 20
+    # Longer than any node waits after drains that were undone.
+    assert simulation.run(500) > 120
     assert max(node.moves for node in simulation.nodes) < 20

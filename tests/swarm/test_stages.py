@@ -30,6 +30,7 @@ from swarmcpp.errors import (
     DecodeFailed,
     NotReady,
     PeerLost,
+    PeerTimeout,
     QueueFull,
     SnapshotError,
     StageFailed,
@@ -435,6 +436,27 @@ async def lying(peers: Peers, reply: Reply) -> tuple[StageCaller, StageRef]:
     ref = StageRef(node_id(keys.public), FINGERPRINT, 0, 4, N_LAYERS)
     service = StageService("0" * 16, {ref.node: peers.link(address)}.get, FakeClock())
     return service.caller(ref), ref
+
+
+async def test_a_peer_that_gives_no_news_is_not_waited_for(peers: Peers) -> None:
+    """It has frozen: links stay open, and a call's own time-out is for stages that are busy."""
+    asked = asyncio.Event()
+
+    async def handle(message: Ask, payload: list[memoryview], respond: Responder) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    keys = new_node_keys()
+    _, address = await peers.endpoint(handle, keys=keys)
+    ref = StageRef(node_id(keys.public), FINGERPRINT, 0, 4, N_LAYERS)
+    links, news = {ref.node: peers.link(address)}, {ref.node: True}
+    caller = StageService("0" * 16, links.get, FakeClock(), alive=news.__getitem__).caller(ref)
+    opening = asyncio.create_task(caller.open(SEQUENCE, 1, (), None, 4))
+    await asked.wait()
+    assert not (await asyncio.wait((opening,), timeout=0))[0]
+    news[ref.node] = False
+    with pytest.raises(PeerTimeout, match="gives no news"):
+        await opening
 
 
 def work_from(ref: StageRef) -> Pass:
