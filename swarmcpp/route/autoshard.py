@@ -11,8 +11,8 @@ cannot hold both it drains and releases first. What others know of it, and it of
 * of nodes that drain overlapping ranges, or ranges without which together there is no route, all but the one with the
   least id resume, and who would begin waits while another node loads or drains any of the layers. So one node at a time
   moves, and the least id always can;
-* a node whose drain was undone waits longer than before, each a different time. What a plan gives to whom depends on what
-  all hold, so nodes that act in step on the same late news could move to and fro together for ever.
+* a node whose drain was undone waits longer than before, each a different time. What a plan gives to whom depends on
+  what all hold, so nodes that act in step on the same late news could move to and fro together for ever.
 """
 
 from __future__ import annotations
