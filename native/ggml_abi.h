@@ -6,11 +6,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <string>
 
 namespace swarmcpp::ggml {
 
 constexpr int BACKEND_API_VERSION = 2;
-constexpr int TYPE_F32 = 0, TYPE_Q8_0 = 8, TYPE_I64 = 27;    // as in GGUF files
+constexpr int TYPE_F32 = 0, TYPE_Q8_0 = 8, TYPE_I64 = 27;  // as in GGUF files
 constexpr int DEVICE_CPU = 0, DEVICE_ACCEL = 3;            // ggml_backend_dev_type
 constexpr int STATUS_SUCCESS = 0, STATUS_ALLOC_FAILED = -2;  // ggml_status
 constexpr int32_t FLAG_COMPUTE = 16;                       // ggml_tensor_flag
@@ -112,5 +114,16 @@ struct InitParams {
     void *mem_buffer;
     bool no_alloc;
 };
+
+// One of ggml's functions, by the addresses that Python found. False when it is not among them.
+template <typename F>
+bool find(const std::map<std::string, uintptr_t> &addresses, const char *name, F &function) {
+    const auto found = addresses.find(name);
+    if (found == addresses.end() || found->second == 0) {
+        return false;
+    }
+    function = reinterpret_cast<F>(found->second);
+    return true;
+}
 
 }  // namespace swarmcpp::ggml

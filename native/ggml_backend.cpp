@@ -245,16 +245,6 @@ bool layout_agrees() {
            (cpu->iface.get_props(cpu, &properties), properties.type == DEVICE_CPU && properties.caps.buffer_from_host_ptr);
 }
 
-template <typename F>
-bool find(const std::map<std::string, uintptr_t> &addresses, const char *name, F &function) {
-    const auto found = addresses.find(name);
-    if (found == addresses.end() || found->second == 0) {
-        return false;
-    }
-    function = reinterpret_cast<F>(found->second);
-    return true;
-}
-
 }  // namespace
 
 std::string q8_backend_problem() {

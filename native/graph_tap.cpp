@@ -11,21 +11,19 @@ namespace swarmcpp {
 namespace {
 
 template <typename F>
-void find(const std::map<std::string, uintptr_t> &addresses, const char *name, F &function) {
-    const auto found = addresses.find(name);
-    if (found == addresses.end() || found->second == 0) {
+void need(const std::map<std::string, uintptr_t> &addresses, const char *name, F &function) {
+    if (!ggml::find(addresses, name, function)) {
         throw std::invalid_argument(std::string("the address of ") + name + " is missing");
     }
-    function = reinterpret_cast<F>(found->second);
 }
 
 }  // namespace
 
 GraphTap::GraphTap(std::string tensor, const std::map<std::string, uintptr_t> &addresses) : tensor_(std::move(tensor)) {
-    find(addresses, "ggml_get_name", get_name_);
-    find(addresses, "ggml_op_desc", op_desc_);
-    find(addresses, "ggml_nbytes", n_bytes_);
-    find(addresses, "ggml_backend_tensor_get", tensor_get_);
+    need(addresses, "ggml_get_name", get_name_);
+    need(addresses, "ggml_op_desc", op_desc_);
+    need(addresses, "ggml_nbytes", n_bytes_);
+    need(addresses, "ggml_backend_tensor_get", tensor_get_);
 }
 
 void GraphTap::arm(float *target, size_t capacity) {
@@ -72,7 +70,8 @@ void GraphTap::note_kv(const ggml::Tensor *write, const char *name) {
         return;
     }
     const auto address = reinterpret_cast<uintptr_t>(write->data);
-    const auto known = std::find_if(places_.begin(), places_.end(), [&](const KvPlace &each) { return each.address == address; });
+    const auto known = std::find_if(places_.begin(), places_.end(),
+                                    [&](const KvPlace &each) { return each.address == address; });
     if (known == places_.end()) {
         learn(write, name);
     }

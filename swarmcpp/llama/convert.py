@@ -7,18 +7,17 @@ from collections.abc import Callable
 from typing import Final
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from llama_cpp._ctypes_extensions import load_shared_library
-from llama_cpp._ggml import libggml_base_path
 
 from swarmcpp.errors import SwarmError
-from swarmcpp.llama.lib import start
+from swarmcpp.llama.lib import ggml_library, start
 
 Convert = Callable[[int, int, int], None]
 """(source address, target address, number of values); runs without the GIL."""
 
-F32_BYTES: Final = 4
+Conversion = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+"""A `Convert` of a C function."""
 
-_CONVERT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+F32_BYTES: Final = 4
 
 
 class _Traits(ctypes.Structure):
@@ -43,14 +42,14 @@ def float_converter(kind: GGMLQuantizationType) -> Convert | None:
     if kind is GGMLQuantizationType.F32:
         return _copy
     start()
-    traits = load_shared_library("ggml-base", libggml_base_path).ggml_get_type_traits
+    traits = ggml_library("ggml-base").ggml_get_type_traits
     traits.argtypes, traits.restype = [ctypes.c_int], ctypes.POINTER(_Traits)
     found = traits(int(kind)).contents
     if (found.blck_size, found.type_size) != GGML_QUANT_SIZES[kind]:
         raise SwarmError(f"ggml_type_traits of {kind.name} is laid out otherwise; install the pinned llama-cpp-python")
     if not found.to_float:
         return None
-    return _CONVERT(found.to_float)
+    return Conversion(found.to_float)
 
 
 def _copy(source: int, target: int, count: int) -> None:

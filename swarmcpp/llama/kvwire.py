@@ -15,12 +15,12 @@ from functools import cache
 
 import numpy as np
 import numpy.typing as npt
-from llama_cpp._ctypes_extensions import load_shared_library
-from llama_cpp._ggml import libggml_base_path
+from gguf import GGMLQuantizationType
 
 from swarmcpp._native import all_finite_f16
 from swarmcpp.errors import SnapshotError
-from swarmcpp.llama.lib import start
+from swarmcpp.llama.convert import Conversion, float_converter
+from swarmcpp.llama.lib import ggml_library, start
 
 QK8_0 = 32
 """Values that share a scale."""
@@ -28,7 +28,6 @@ QK8_0 = 32
 F16_BYTES = 2 * QK8_0
 Q8_0_BYTES = 2 + QK8_0
 
-_GGML_TYPE_Q8_0 = 8
 _SCALE_MAX = 516.0
 """The scale of 65504, the largest half: 65504 / 127 in F16."""
 
@@ -38,8 +37,6 @@ _SCALE_SAFE = 511.0
 _PIECE = 1 << 16
 """Values at a time: 256 KiB of F32 stay in a core's cache, where a whole block would go to memory and back."""
 
-_Convert = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-
 
 class _Ggml:
     """The four conversions. Each takes (source address, target address, number of values) and runs without the GIL."""
@@ -47,16 +44,17 @@ class _Ggml:
     def __init__(self) -> None:
         # Loads the CPU backend, which fills the tables that these functions use where F16C is missing.
         start()
-        base = load_shared_library("ggml-base", libggml_base_path)
-        cpu = load_shared_library("ggml-cpu", libggml_base_path)
-        self.f16_to_f32 = _Convert(("ggml_cpu_fp16_to_fp32", cpu))
-        self.f32_to_f16 = _Convert(("ggml_cpu_fp32_to_fp16", cpu))
-        self.q8_0_to_f32 = _Convert(("dequantize_row_q8_0", base))
-        # By its table and not by its name, which is not part of ggml's interface.
+        cpu = ggml_library("ggml-cpu")
+        self.f16_to_f32 = Conversion(("ggml_cpu_fp16_to_fp32", cpu))
+        self.f32_to_f16 = Conversion(("ggml_cpu_fp32_to_fp16", cpu))
+        # These by their tables and not by their names, which are not part of ggml's interface.
+        q8_0_to_f32 = float_converter(GGMLQuantizationType.Q8_0)
+        assert q8_0_to_f32 is not None
+        self.q8_0_to_f32 = q8_0_to_f32
         traits = cpu.ggml_get_type_traits_cpu
         traits.argtypes, traits.restype = [ctypes.c_int], ctypes.POINTER(ctypes.c_void_p)
         # The first member of ggml_type_traits_cpu: from_float.
-        self.f32_to_q8_0 = _Convert(traits(_GGML_TYPE_Q8_0)[0])
+        self.f32_to_q8_0 = Conversion(traits(GGMLQuantizationType.Q8_0)[0])
 
 
 _ggml = cache(_Ggml)

@@ -82,6 +82,11 @@ def address(function: str) -> int:
     return 0 if found is None else ctypes.cast(found, ctypes.c_void_p).value or 0
 
 
+def ggml_library(name: str) -> Any:
+    """One of ggml's libraries by name, such as "ggml-base", maybe as a copy of its own (see `address`)."""
+    return load_shared_library(name, libggml_base_path)
+
+
 def tensor_function(name: str) -> int:
     """Where a function of ggml is that only looks at what it is given. Raises SwarmError when there is none.
 
@@ -90,7 +95,7 @@ def tensor_function(name: str) -> int:
     if found := address(name):
         return found
     try:
-        function = load_shared_library("ggml-base", libggml_base_path)[name]
+        function = ggml_library("ggml-base")[name]
     except AttributeError:
         raise SwarmError(f"this llama.cpp has no {name}; install the pinned llama-cpp-python") from None
     return ctypes.cast(function, ctypes.c_void_p).value or 0

@@ -45,8 +45,10 @@ from swarmcpp.swarm.stagecall import HopTimes, StageBounds, StageHost
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S: Final = 20.0
-WATCH_S: Final = 0.25
 """Of everything but passes. It waits for those before it at the engine, and `resume` reads blocks from a disk."""
+
+WATCH_S: Final = 0.25
+"""Between looks at whether a node that is asked still gives news of itself."""
 
 _DOCUMENTED = (StageLost, QueueFull, PeerLost, PeerTimeout, NotReady, EngineFailed, WireError)
 """What `stages.StageCaller` raises."""

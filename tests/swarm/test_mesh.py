@@ -16,7 +16,7 @@ from swarmcpp.testing import FakeClock
 
 
 class Member:
-    """A node that does nothing for its peers; it starts again with the same key, at another port."""
+    """A node that does nothing for its peers; it can start again with the same key."""
 
     def __init__(self, key: SwarmKey) -> None:
         self._key = key
