@@ -193,6 +193,14 @@ def test_greedy_says_what_llama_cpps_chain_says(backend: LlamaBackend, params: S
     chained.close()
 
 
+def test_greedy_says_nothing_that_is_banned(backend: LlamaBackend) -> None:
+    first = generate(backend, PROMPT, 30, GREEDY)
+    banned = replace(GREEDY, logit_bias=tuple((token, -np.inf) for token in set(first[:3])))
+    told = generate(backend, PROMPT, 30, banned)
+    assert not set(first[:3]).intersection(told)
+    test_greedy_says_what_llama_cpps_chain_says(backend, banned)
+
+
 @pytest.mark.parametrize("params", [WARM, PENALISED, replace(GREEDY, logit_bias=((7, -3.0),))])
 def test_what_decides_more_has_a_chain(backend: LlamaBackend, params: SamplingParams) -> None:
     sampler = backend.sampler(request(PROMPT, 30, sampling=params))
