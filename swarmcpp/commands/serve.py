@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import shlex
 import signal
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -13,20 +11,18 @@ from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from swarmcpp import node
-from swarmcpp.commands import terminal
+from swarmcpp.commands import share, terminal
 from swarmcpp.commands.pull import download, user_catalogue
 from swarmcpp.commands.swarm import in_swarm
+from swarmcpp.commands.terminal import LoadingView, ask_text, join_text
 from swarmcpp.config import Config, LoadedConfig, is_loopback
 from swarmcpp.errors import BadConfig
 from swarmcpp.hardware import settle, share_heaps
 from swarmcpp.models import embedded
 from swarmcpp.models.download import resolve_model
 from swarmcpp.models.inspect import inspect
-from swarmcpp.supervisor import EngineStatus
-from swarmcpp.swarm.identity import JoinToken
 from swarmcpp.swarm.store import SwarmStore
 from swarmcpp.swarming.swarm import Swarm
 
@@ -55,9 +51,6 @@ async def _run(config: Config, path: Path, name: str | None, console: Console) -
         if config.engine.layer_range is not None or (config.swarm.enabled and not await _fits(config, path)):
             if swarm is None:
                 raise BadConfig("--layers needs a swarm: connect this machine to a network, or say --swarm-host")
-            # Imported here: it says what this module says, and more.
-            from swarmcpp.commands import share
-
             await share.from_file(config, path, name, console, swarm=swarm, stop=stop)
             return
         await serve(config, path, name, console, swarm=swarm, stop=stop)
@@ -132,41 +125,6 @@ def _on_signals(stop: Callable[[], None]) -> None:
         signal.signal(number, first)
 
 
-class LoadingView:
-    """A progress bar on a terminal, one line elsewhere, from the engine's start until `close`."""
-
-    def __init__(self, console: Console, name: str) -> None:
-        self._console = console
-        self._name = name
-        self._progress: Progress | None = None
-        self._closed = False
-
-    def update(self, status: EngineStatus) -> None:
-        """Show how far the engine is."""
-        if self._closed or status.state != "starting":
-            return
-        if self._progress is None:
-            self._progress = self._start()
-        self._progress.update(TaskID(0), completed=status.load_fraction)
-
-    def _start(self) -> Progress:
-        on_screen = self._console.is_terminal
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-        progress = Progress(*columns, console=self._console, transient=True, disable=not on_screen)
-        progress.add_task(f"loading {self._name}", total=1.0)
-        progress.start()
-        if not on_screen:
-            self._console.print(f"loading {self._name}")
-        return progress
-
-    def close(self) -> None:
-        """Take the bar away, for good: an engine that is started again later says so in the log."""
-        self._closed = True
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-
 def ready_text(serving: node.Serving, *, with_key: bool) -> str:
     """What a node says when it can be asked: where, what, how much, and a command to try it."""
     info, status = serving.prepared.info, serving.status
@@ -179,21 +137,3 @@ def ready_text(serving: node.Serving, *, with_key: bool) -> str:
         f"  {slots}, {memory} of memory, {threads} thread{'' if threads == 1 else 's'}, {cache}\n"
         f"{ask_text(serving.url, info.id, with_key=with_key)}{join_text(serving.token)}"
     )
-
-
-def ask_text(url: str, model: str, *, with_key: bool) -> str:
-    """A command to try a node."""
-    body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
-    # The key itself is not repeated on a screen that others may see.
-    key = ' -H "Authorization: Bearer $SWARMCPP_API_KEY"' if with_key else ""
-    data = shlex.quote(json.dumps(body, ensure_ascii=False))
-    return f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {data}"
-
-
-def join_text(token: JoinToken | None) -> str:
-    """How another machine becomes a part of this."""
-    if token is None:
-        return ""
-    if all(is_loopback(address.host) for address in token.addresses):
-        return f"\n  another node on this machine (--swarm lets others in): swarmcpp join {token}"
-    return f"\n  on another machine: swarmcpp join {token}"

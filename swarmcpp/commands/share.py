@@ -9,7 +9,7 @@ from rich.console import Console
 
 from swarmcpp import layers
 from swarmcpp.commands import terminal
-from swarmcpp.commands.serve import LoadingView, ask_text, join_text
+from swarmcpp.commands.terminal import LoadingView, ask_text, join_text
 from swarmcpp.config import Config
 from swarmcpp.errors import NotEnoughMemory
 from swarmcpp.hardware import read_hardware, settle
