@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import report
 from swarmcpp.peers import Address, Capability, Load, ModelOffer, ObservedLatency
-from swarmcpp.peerwire import MAX_IDS, BlockPage, Gossip, ListBlocks, PrefixCacheAnnounce, decode, encode
 from swarmcpp.swarm.announcer import FULL_BEATS, Announcer, heartbeat_s
 from swarmcpp.swarm.holders import Holders
 from swarmcpp.swarm.membership import GONE_BEATS, MAX_LATENCIES, Heard, Membership, Status
 from swarmcpp.testing import FakeClock
+from swarmcpp.wire.peers import MAX_IDS, BlockPage, Gossip, ListBlocks, PrefixCacheAnnounce, decode, encode
 
 OUT = Path(__file__).resolve().parent / "out"
 SIZES = (10, 25, 50, 100, 200)

@@ -377,3 +377,17 @@ class Backend(Protocol):
         Returns (arena slot, BLAKE3 of the payload) of each that was written; values that are not finite are not.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPart:
+    """Tokens of a delegated request, as they come. The first one carries what the head knows about its beginning."""
+
+    tokens: tuple[int, ...]
+    finish: FinishReason | None = None
+    cached_tokens: int = 0
+    tier: str = ""
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    fetch_s: float = 0.0
+    """Seconds spent on fetching blocks from peers."""

@@ -18,7 +18,7 @@ from swarmcpp.errors import EngineFailed, NotReady, StartupError, SwarmError, re
 from swarmcpp.incarnation import STOP_GRACE_S, Incarnation, describe_exit, launch
 from swarmcpp.kv.cache import Grant, PrefixCache
 from swarmcpp.swarm.link import NodeLink
-from swarmcpp.wire import (
+from swarmcpp.wire.engine import (
     BlocksStored,
     EngineOptions,
     Fault,

@@ -17,7 +17,7 @@ from swarmcpp.engine.abortflag import AbortFlag
 from swarmcpp.errors import EngineFailed, SwarmError
 from swarmcpp.kv.cache import Grant
 from swarmcpp.swarm.link import NodeLink
-from swarmcpp.wire import Stop
+from swarmcpp.wire.engine import Stop
 
 logger = logging.getLogger(__name__)
 

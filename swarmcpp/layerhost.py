@@ -27,14 +27,14 @@ from swarmcpp.models.manifest import Manifest
 from swarmcpp.models.slicestore import SliceFiles
 from swarmcpp.models.slicing import check_sliceable
 from swarmcpp.node import open_arena
-from swarmcpp.peerwire import PassPart
 from swarmcpp.route.passes import PassTimes
-from swarmcpp.stages import SEQUENCE_BYTES, StageRef
+from swarmcpp.stages import StageRef
 from swarmcpp.stagesupervisor import StageSupervisor
 from swarmcpp.swarm.stagecall import StageBounds
 from swarmcpp.swarming.pipelines import OwnStage
 from swarmcpp.swarming.swarm import Swarm
-from swarmcpp.wire import EngineOptions
+from swarmcpp.wire.engine import EngineOptions
+from swarmcpp.wire.peers import SEQUENCE_BYTES, PassPart
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Protocol
 
 from swarmcpp.config import Config
-from swarmcpp.core import EngineStats, GenerateRequest
+from swarmcpp.core import EngineStats, GenerateRequest, TokenPart
 from swarmcpp.errors import Cancelled, NotReady, PromptTooLong, QueueFull
-from swarmcpp.peers import Load, TokenPart
+from swarmcpp.peers import Load
 from swarmcpp.supervisor import EngineStatus, EngineSupervisor
 from swarmcpp.swarm.fetch import Fetched
-from swarmcpp.wire import EngineOptions
+from swarmcpp.wire.engine import EngineOptions
 
 LOCAL = "local"
 """The route of a request that runs in this node's own engine."""

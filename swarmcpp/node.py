@@ -28,6 +28,7 @@ from swarmcpp.core import (
     Started,
     TextEvent,
     Timings,
+    TokenPart,
     Usage,
 )
 from swarmcpp.errors import BadModel, Cancelled, NotEnoughMemory, NotReady, SwarmError, UnknownModel
@@ -43,14 +44,14 @@ from swarmcpp.local import LocalReplica, Runner
 from swarmcpp.models.capacity import choose_capacity
 from swarmcpp.models.inspect import ModelFile, inspect
 from swarmcpp.models.manifest import manifest_of
-from swarmcpp.peers import ModelOffer, TokenPart
+from swarmcpp.peers import ModelOffer
 from swarmcpp.status import SwarmPlan, SwarmStatus
 from swarmcpp.supervisor import EngineStatus, EngineSupervisor
 from swarmcpp.swarm.identity import JoinToken
 from swarmcpp.swarming.models import Served
 from swarmcpp.swarming.placing import PlannedModel, plan
 from swarmcpp.swarming.swarm import Swarm
-from swarmcpp.wire import EngineOptions
+from swarmcpp.wire.engine import EngineOptions
 
 logger = logging.getLogger(__name__)
 

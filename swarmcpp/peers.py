@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from swarmcpp.core import EngineState, FinishReason
+from swarmcpp.core import EngineState
 
 NodeId = str
 """16 hex digits: the first 8 bytes of the BLAKE3 of a node's public key. Who proves the key is that node."""
@@ -148,17 +148,3 @@ class Capability:
     """Bytes that parts of models may take in all, those that are loaded included; 0: not said."""
     sequence: int = 0
     """That of its last gossip when it said this, so that what was said later is told from what arrives later."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenPart:
-    """Tokens of a delegated request, as they come. The first one carries what the head knows about its beginning."""
-
-    tokens: tuple[int, ...]
-    finish: FinishReason | None = None
-    cached_tokens: int = 0
-    tier: str = ""
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    fetch_s: float = 0.0
-    """Seconds spent on fetching blocks from peers."""

@@ -13,11 +13,8 @@ from typing import Protocol
 from swarmcpp.core import GenerateRequest
 from swarmcpp.errors import StageFailed
 from swarmcpp.peers import NodeId
-from swarmcpp.peerwire import PassPart
-from swarmcpp.wire import RowEncoding
-
-SEQUENCE_BYTES = 16
-"""Of a sequence's name, which its head draws at random."""
+from swarmcpp.wire.codec import RowEncoding
+from swarmcpp.wire.peers import PassPart
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,23 +15,21 @@ from swarmcpp.engineprocess import EngineProcess, ProcessOptions
 from swarmcpp.errors import EngineFailed, NotReady, QueueFull, StageLost, SwarmError, WireError, revive
 from swarmcpp.incarnation import Incarnation
 from swarmcpp.kv.keys import KEY_BYTES
-from swarmcpp.peerwire import PassPart
 from swarmcpp.stagebooks import Computed, ComputeDone, Opened, Pass, Placing, Waiting, next_of
-from swarmcpp.stages import SEQUENCE_BYTES
-from swarmcpp.wire import (
+from swarmcpp.wire.codec import Buffer, RowEncoding
+from swarmcpp.wire.engine import (
     BlocksStored,
-    Buffer,
     Cancel,
     EngineOptions,
     FromEngine,
     Place,
     Placed,
     Ran,
-    RowEncoding,
     Run,
     RunPart,
     ToEngine,
 )
+from swarmcpp.wire.peers import SEQUENCE_BYTES, PassPart
 
 IDLE_S = 120.0
 """A sequence that was not used for so long is closed: its head is gone."""

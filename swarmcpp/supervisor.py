@@ -16,7 +16,7 @@ from swarmcpp.engineprocess import MAX_CRASHES, MAX_KILLS, EngineProcess, Engine
 from swarmcpp.errors import EngineFailed, NotReady, SwarmError, WireError, revive
 from swarmcpp.incarnation import Incarnation
 from swarmcpp.kv.cache import Lease
-from swarmcpp.wire import (
+from swarmcpp.wire.engine import (
     BlocksFull,
     BlocksStored,
     Cancel,

@@ -20,7 +20,7 @@ from swarmcpp.core import KvLayout
 from swarmcpp.errors import SnapshotError, SwarmError
 from swarmcpp.hardware import settle, share_heaps
 from swarmcpp.swarm.workerlink import WorkerLink
-from swarmcpp.wire import EngineLink, EngineOptions, Fault, Load, LoadProgress, Ready, Stop, UseArena
+from swarmcpp.wire.engine import EngineLink, EngineOptions, Fault, Load, LoadProgress, Ready, Stop, UseArena
 
 if TYPE_CHECKING:
     from swarmcpp.engine.abortflag import AbortFlag

@@ -16,7 +16,7 @@ from swarmcpp.engine.abortflag import AbortFlag
 from swarmcpp.engine.loop import Engine
 from swarmcpp.engine.scheduler import Policy, Scheduler
 from swarmcpp.testing import FakeClock
-from swarmcpp.wire import Submit, ToEngine, TokenOut
+from swarmcpp.wire.engine import Submit, ToEngine, TokenOut
 
 GREEDY = SamplingParams(temperature=0.0)
 

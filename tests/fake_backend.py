@@ -1,4 +1,4 @@
-"""A model without a model: a strict `core.Backend`, a scripted `wire.EngineLink`, and a clock that decodes move."""
+"""A model without a model: a strict `core.Backend`, a scripted `EngineLink`, and a clock that decodes move."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from blake3 import blake3
 from swarmcpp.core import BlockFile, BlockRef, GenerateRequest, Rows, SamplerLike
 from swarmcpp.errors import DecodeAborted, DecodeFailed
 from swarmcpp.testing import FakeClock
-from swarmcpp.wire import FromEngine, Refused, StepOut, ToEngine, TokenOut
+from swarmcpp.wire.engine import FromEngine, Refused, StepOut, ToEngine, TokenOut
 
 
 def next_token(tokens: Sequence[int], n_vocab: int, draw: tuple[int, int] | None = None) -> int:

@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 from swarmcpp.peers import Address, Capability, Load, ModelOffer, ObservedLatency
-from swarmcpp.peerwire import Gossip, PrefixCacheAnnounce
+from swarmcpp.wire.peers import Gossip, PrefixCacheAnnounce
 
 OWN = "00000000000000aa"
 PEER = "00000000000000bb"

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from swarmcpp.errors import BadRequest, SwarmError
-from swarmcpp.peerwire import Ask, GetChunk, GetManifest, Reply
 from swarmcpp.swarm.modelserver import ModelServer
+from swarmcpp.wire.peers import Ask, GetChunk, GetManifest, Reply
 
 Fault = Callable[[GetChunk, bytes], "bytes | SwarmError | None"]
 """What becomes of a chunk: other bytes, an error, or no answer at all."""

@@ -13,7 +13,6 @@ from swarm_support import Peers, pong
 
 from swarmcpp.core import GenerateRequest, Limits
 from swarmcpp.errors import StageFailed, StageLost, SwarmError
-from swarmcpp.peerwire import Ask, AskStage, PassPart, RunStage
 from swarmcpp.stages import Pass, Passed, StageCaller, StageRef
 from swarmcpp.swarm.endpoint import Endpoint, Responder
 from swarmcpp.swarm.identity import new_node_keys, node_id
@@ -21,7 +20,8 @@ from swarmcpp.swarm.peerlink import PeerLink
 from swarmcpp.swarm.stagecall import StageBounds
 from swarmcpp.swarming.stages import StageService
 from swarmcpp.testing import FakeClock
-from swarmcpp.wire import RowEncoding
+from swarmcpp.wire.codec import RowEncoding
+from swarmcpp.wire.peers import Ask, AskStage, PassPart, RunStage
 
 N_EMBD = 4
 N_VOCAB = 1000

@@ -18,7 +18,8 @@ from swarmcpp.llama.stage import EmbeddingTable, LlamaStage, StageContext
 from swarmcpp.models.slicing import write_slice
 from swarmcpp.models.synthetic import Shape, write_model
 from swarmcpp.testing import FakeClock
-from swarmcpp.wire import Buffer, FromEngine, Place, Placed, Ran, RowEncoding, Run, RunPart, ToEngine
+from swarmcpp.wire.codec import Buffer, RowEncoding
+from swarmcpp.wire.engine import FromEngine, Place, Placed, Ran, Run, RunPart, ToEngine
 
 N_LAYERS, N_EMBD, N_VOCAB = 4, 64, 512
 OPTIONS = ContextOptions(n_ctx=512, n_seqs=4, n_threads=1)
@@ -41,7 +42,7 @@ def cut(path: Path, first: int, last: int) -> Path:
 
 @dataclass(slots=True)
 class StageInbox:
-    """A `wire.StageLink` whose node is a test."""
+    """A `StageLink` whose node is a test."""
 
     inbox: deque[ToEngine] = field(default_factory=deque)
     frame: bytes | None = None

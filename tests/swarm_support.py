@@ -12,10 +12,10 @@ import zmq
 import zmq.asyncio
 
 from swarmcpp.peers import Address
-from swarmcpp.peerwire import Ask, Gossip, Ping, Pong
 from swarmcpp.swarm.endpoint import Beginner, Endpoint, Handler, Limits, Responder
 from swarmcpp.swarm.identity import KeyPair, SwarmKey, new_node_keys
 from swarmcpp.swarm.peerlink import PeerLink
+from swarmcpp.wire.peers import Ask, Gossip, Ping, Pong
 
 HOST = "127.0.0.1"
 DEADLINE_S = 10.0

@@ -18,7 +18,7 @@ from swarmcpp.swarm import framing as module
 from swarmcpp.swarm import link, workerlink
 from swarmcpp.swarm.link import NodeLink
 from swarmcpp.swarm.workerlink import WorkerLink
-from swarmcpp.wire import MAX_FRAME, MAX_TENSOR, Cancel, Fault, LoadProgress, StepOut, Stop, TokenOut, encode
+from swarmcpp.wire.engine import MAX_FRAME, MAX_TENSOR, Cancel, Fault, LoadProgress, StepOut, Stop, TokenOut, encode
 
 DEADLINE_S = 10.0
 

@@ -19,7 +19,7 @@ from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.kv.keys import KvIdentity
 from swarmcpp.models.synthetic import TINY, write_model
 from swarmcpp.supervisor import EngineSupervisor
-from swarmcpp.wire import EngineOptions
+from swarmcpp.wire.engine import EngineOptions
 
 pytestmark = pytest.mark.e2e
 

@@ -24,10 +24,11 @@ from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.kv.keys import KvIdentity, block_keys
 from swarmcpp.llama.rows import encode_rows
 from swarmcpp.llama.stage import EmbeddingTable
-from swarmcpp.peerwire import PassPart
 from swarmcpp.stagesupervisor import IDLE_S, MAX_BYTES_UNDER_WAY, Computed, StageSupervisor
 from swarmcpp.testing import FakeClock
-from swarmcpp.wire import EngineOptions, RowEncoding
+from swarmcpp.wire.codec import RowEncoding
+from swarmcpp.wire.engine import EngineOptions
+from swarmcpp.wire.peers import PassPart
 
 pytestmark = pytest.mark.e2e
 

@@ -25,7 +25,7 @@ from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.kv.keys import KvIdentity
 from swarmcpp.models.synthetic import TINY, Shape, write_model
 from swarmcpp.supervisor import MAX_CRASHES, MAX_KILLS, EngineStatus, EngineStream, EngineSupervisor
-from swarmcpp.wire import EngineOptions, TokenOut
+from swarmcpp.wire.engine import EngineOptions, TokenOut
 
 pytestmark = pytest.mark.e2e
 
@@ -410,7 +410,7 @@ SCRIPTED = """
 import json, os, sys
 from swarmcpp.core import EngineStats
 from swarmcpp.swarm.workerlink import WorkerLink
-from swarmcpp.wire import Fault, LoadProgress, Ready, StepOut, Submit, TokenOut
+from swarmcpp.wire.engine import Fault, LoadProgress, Ready, StepOut, Submit, TokenOut
 link = WorkerLink(json.loads(sys.stdin.readline()))
 link.send(LoadProgress(0.0))
 link.receive(60.0)

@@ -1,6 +1,6 @@
 """The engine loop: receive, then plan, run and commit one step, as long as there is work.
 
-Single-threaded and synchronous. It reaches the model through `core.Backend` and its node through `wire.EngineLink`, so
+Single-threaded and synchronous. It reaches the model through `core.Backend` and its node through `EngineLink`, so
 the same loop runs under a fake model, in a benchmark without HTTP, and in a worker process.
 """
 
@@ -18,7 +18,7 @@ from swarmcpp.engine.scheduler import Scheduler
 from swarmcpp.engine.slots import Running, Slot, Waiting
 from swarmcpp.errors import DecodeAborted, PromptTooLong, SwarmError
 from swarmcpp.telemetry import diag
-from swarmcpp.wire import (
+from swarmcpp.wire.engine import (
     BlocksFull,
     BlocksStored,
     Cancel,

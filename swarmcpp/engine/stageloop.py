@@ -18,14 +18,13 @@ import numpy.typing as npt
 from swarmcpp.core import BlockRef, Clock, GenerateRequest, SamplerLike
 from swarmcpp.errors import DecodeFailed, QueueFull, StageLost, SwarmError, WireError
 from swarmcpp.telemetry import diag
-from swarmcpp.wire import (
+from swarmcpp.wire.codec import Buffer, RowEncoding
+from swarmcpp.wire.engine import (
     BlocksStored,
-    Buffer,
     Cancel,
     Place,
     Placed,
     Ran,
-    RowEncoding,
     Run,
     RunPart,
     StageLink,

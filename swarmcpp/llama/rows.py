@@ -12,7 +12,7 @@ import numpy.typing as npt
 from swarmcpp._native import all_finite_f32
 from swarmcpp.errors import WireError
 from swarmcpp.llama.kvwire import Q8_0_BYTES, QK8_0, _ggml
-from swarmcpp.wire import Buffer, RowEncoding
+from swarmcpp.wire.codec import Buffer, RowEncoding
 
 FloatRows = npt.NDArray[np.float32]
 

@@ -21,7 +21,8 @@ from swarmcpp.llama.sampler import Sampler
 from swarmcpp.models.gguf_header import read_header
 from swarmcpp.models.inspect import inspect
 from swarmcpp.models.slicing import slice_of
-from swarmcpp.wire import Buffer, RowEncoding, RunPart
+from swarmcpp.wire.codec import Buffer, RowEncoding
+from swarmcpp.wire.engine import RunPart
 
 
 class EmbeddingTable:

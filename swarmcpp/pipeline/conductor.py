@@ -13,16 +13,16 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from swarmcpp.core import Clock, GenerateRequest
+from swarmcpp.core import Clock, GenerateRequest, TokenPart
 from swarmcpp.errors import Cancelled, NotReady, PeerLost, PromptTooLong, QueueFull, StageFailed
 from swarmcpp.local import MAX_RETRY_AFTER_S, Fetch
-from swarmcpp.peers import Load, TokenPart
+from swarmcpp.peers import Load
 from swarmcpp.pipeline.finding import PATIENCE_S, ChainFinder
 from swarmcpp.pipeline.lanes import Lane
 from swarmcpp.pipeline.opening import close_all, open_all, store_all
 from swarmcpp.pipeline.runs import Broken, Chain, ModelFacts, PipelinePolicy, Run, Surroundings
-from swarmcpp.stages import SEQUENCE_BYTES
 from swarmcpp.telemetry import RateEma, diag
+from swarmcpp.wire.peers import SEQUENCE_BYTES
 
 logger = logging.getLogger(__name__)
 

@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from swarmcpp.core import FinishReason, GenerateRequest
+from swarmcpp.core import FinishReason, GenerateRequest, TokenPart
 from swarmcpp.engine.scheduler import TILE_ROWS, SlotView
 from swarmcpp.errors import StageFailed
 from swarmcpp.llama.rows import FloatRows
-from swarmcpp.peers import NodeId, TokenPart
+from swarmcpp.peers import NodeId
 from swarmcpp.route.passes import Curve
 from swarmcpp.stages import StageCaller, StageRef
-from swarmcpp.wire import RowEncoding
+from swarmcpp.wire.codec import RowEncoding
 
 Chain = tuple[StageRef, ...]
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from swarmcpp.core import Clock
 from swarmcpp.peers import CacheHits, Capability, Load, NodeId
-from swarmcpp.peerwire import MAX_IDS, Alive, Gossip, Leaving, NodeCapability, PrefixCacheAnnounce
+from swarmcpp.wire.peers import MAX_IDS, Alive, Gossip, Leaving, NodeCapability, PrefixCacheAnnounce
 
 SMALL_SWARM: Final = 16
 """Nodes up to which a heartbeat is one second."""

@@ -18,8 +18,8 @@ from zeroconf import Error, IPVersion, ServiceInfo, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from swarmcpp.peers import Address
-from swarmcpp.peerwire import PROTOCOL
 from swarmcpp.swarm.identity import node_id, valid_address
+from swarmcpp.wire.peers import PROTOCOL
 
 logger = logging.getLogger(__name__)
 

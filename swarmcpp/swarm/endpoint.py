@@ -22,8 +22,8 @@ from zmq.utils import z85
 
 from swarmcpp.core import Clock
 from swarmcpp.errors import BadConfig, PeerLost, PortInUse, QueueFull, SwarmError, WireError
-from swarmcpp.peerwire import MAX_FRAMES, MAX_MESSAGE, PROTOCOL, Ask, Cancel, Failure, Gossip, Reply, decode, encode
 from swarmcpp.swarm.identity import KeyPair
+from swarmcpp.wire.peers import MAX_FRAMES, MAX_MESSAGE, PROTOCOL, Ask, Cancel, Failure, Gossip, Reply, decode, encode
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from blake3 import blake3
 
 from swarmcpp.errors import PeerTimeout, SnapshotError, SwarmError
 from swarmcpp.peers import NodeId
-from swarmcpp.peerwire import MAX_FRAMES, Blocks, Caller, FetchBlocks, Reply
 from swarmcpp.swarm.fetchcontext import FetchContext, Payload, Store
 from swarmcpp.swarm.shipping import Progress, Shipment, ShipPlan, fetch_limit_s, overtaken
 from swarmcpp.telemetry import diag
+from swarmcpp.wire.peers import MAX_FRAMES, Blocks, Caller, FetchBlocks, Reply
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ import struct
 from typing import Final
 
 from swarmcpp.errors import WireError
-from swarmcpp.wire import MAX_FRAME, MAX_TENSOR, Buffer
+from swarmcpp.wire.codec import Buffer
+from swarmcpp.wire.engine import MAX_FRAME, MAX_TENSOR
 
 HEADER = struct.Struct("<II")
 """Bytes of the message, and of the frame beside it."""

@@ -10,7 +10,7 @@ from typing import Final
 
 from swarmcpp.errors import WireError
 from swarmcpp.peers import NodeId
-from swarmcpp.peerwire import MAX_IDS, BlockPage, Gossip, PrefixCacheAnnounce
+from swarmcpp.wire.peers import MAX_IDS, BlockPage, Gossip, PrefixCacheAnnounce
 
 MAX_IDS_PER_PEER: Final = 262_144
 """1 TiB of KV at 64 KiB a token and 64 tokens a block; about 50 MB of memory here."""

@@ -23,7 +23,8 @@ from typing import Final
 
 from swarmcpp.errors import EngineFailed, WireError
 from swarmcpp.swarm.framing import HEADER, Ticket, pieces, sizes
-from swarmcpp.wire import Buffer, FromEngine, ToEngine, decode, encode
+from swarmcpp.wire.codec import Buffer
+from swarmcpp.wire.engine import FromEngine, ToEngine, decode, encode
 
 MAX_UNSENT: Final = 512 << 20
 """Bytes that may wait for an engine. Admission bounds what a node sends below; one that far behind does not read."""

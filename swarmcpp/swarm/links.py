@@ -10,8 +10,8 @@ from typing import Final
 from swarmcpp.core import Clock
 from swarmcpp.errors import SwarmError, WireError
 from swarmcpp.peers import NodeId, ObservedLatency
-from swarmcpp.peerwire import Caller, Ping, Pong
 from swarmcpp.telemetry import RateEma
+from swarmcpp.wire.peers import Caller, Ping, Pong
 
 UNKNOWN_RTT_S: Final = 0.1
 UNKNOWN_BYTES_PER_S: Final = 125_000.0

@@ -16,9 +16,9 @@ from typing import Any, Final
 from swarmcpp.core import Clock
 from swarmcpp.errors import PeerError, WireError
 from swarmcpp.peers import Capability, Load, ModelOffer, NodeId, StageOffer
-from swarmcpp.peerwire import MAX_PARTS, Alive, Gossip, Leaving, NodeCapability
 from swarmcpp.swarm.announcer import heartbeat_s
 from swarmcpp.telemetry import printable
+from swarmcpp.wire.peers import MAX_PARTS, Alive, Gossip, Leaving, NodeCapability
 
 SUSPECT_BEATS: Final = 3
 GONE_BEATS: Final = 10

@@ -21,7 +21,15 @@ import zmq.asyncio
 from swarmcpp.core import Clock
 from swarmcpp.errors import BadRequest, IdentityTaken, SwarmError, WireError
 from swarmcpp.peers import Address, Capability, NodeId
-from swarmcpp.peerwire import (
+from swarmcpp.swarm.announcer import Announcer
+from swarmcpp.swarm.endpoint import Endpoint, Responder
+from swarmcpp.swarm.holders import Holders
+from swarmcpp.swarm.identity import SwarmKey, node_id, valid_address
+from swarmcpp.swarm.links import LinkBook, probe
+from swarmcpp.swarm.membership import Change, Heard, Membership, PeerView, Status, check_capability
+from swarmcpp.swarm.peerlink import PeerLink
+from swarmcpp.swarm.store import Identity
+from swarmcpp.wire.peers import (
     PROTOCOL,
     Ask,
     AskStage,
@@ -43,14 +51,6 @@ from swarmcpp.peerwire import (
     StoreSequence,
     Welcome,
 )
-from swarmcpp.swarm.announcer import Announcer
-from swarmcpp.swarm.endpoint import Endpoint, Responder
-from swarmcpp.swarm.holders import Holders
-from swarmcpp.swarm.identity import SwarmKey, node_id, valid_address
-from swarmcpp.swarm.links import LinkBook, probe
-from swarmcpp.swarm.membership import Change, Heard, Membership, PeerView, Status, check_capability
-from swarmcpp.swarm.peerlink import PeerLink
-from swarmcpp.swarm.store import Identity
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from swarmcpp.models.download import SPARE_BYTES, FreeSpace, PullProgress, Sleep
 from swarmcpp.models.manifest import Manifest
 from swarmcpp.models.modelfiles import ModelParts, SparseModel, stored_paths
 from swarmcpp.models.partial import locked
-from swarmcpp.peerwire import Caller, GetManifest, ManifestReply
 from swarmcpp.swarm.transfer import Fallback, Transfer, shown
+from swarmcpp.wire.peers import Caller, GetManifest, ManifestReply
 
 
 async def get_manifest(callers: Sequence[Caller], fingerprint: bytes, timeout_s: float) -> Manifest:

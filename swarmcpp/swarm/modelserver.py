@@ -14,7 +14,7 @@ from swarmcpp.errors import BadModel, BadRequest, NotReady
 from swarmcpp.files import read_at
 from swarmcpp.models.manifest import Manifest
 from swarmcpp.models.modelfiles import SparseModel
-from swarmcpp.peerwire import ChunkReply, GetChunk, GetManifest, ManifestReply
+from swarmcpp.wire.peers import ChunkReply, GetChunk, GetManifest, ManifestReply
 
 
 @dataclass(frozen=True, slots=True)

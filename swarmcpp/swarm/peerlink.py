@@ -1,4 +1,4 @@
-"""The client side of a link: requests to one peer and its news. Satisfies `peerwire.Caller`.
+"""The client side of a link: requests to one peer and its news. Satisfies `Caller`.
 
 Every connection has a DEALER socket of its own. ZeroMQ would reconnect by itself after most failures, but for ever
 gives up after a refused key or a protocol error; and what was queued for a dead connection must not reach the next.
@@ -20,7 +20,9 @@ import zmq.asyncio
 
 from swarmcpp.errors import PeerLost, PeerTimeout, QueueFull, SwarmError, WireError, revive
 from swarmcpp.peers import Address
-from swarmcpp.peerwire import (
+from swarmcpp.swarm.endpoint import CURVE_OVERHEAD, FAIRNESS, ID_BYTES, secure, tcp
+from swarmcpp.swarm.identity import KeyPair, node_id
+from swarmcpp.wire.peers import (
     MAX_FRAMES,
     MAX_MESSAGE,
     MAX_PAYLOAD,
@@ -35,8 +37,6 @@ from swarmcpp.peerwire import (
     decode,
     encode,
 )
-from swarmcpp.swarm.endpoint import CURVE_OVERHEAD, FAIRNESS, ID_BYTES, secure, tcp
-from swarmcpp.swarm.identity import KeyPair, node_id
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class PeerLink:
     async def ask(
         self, message: Ask, payload: Sequence[bytes | memoryview] = (), *, timeout_s: float
     ) -> tuple[Reply, list[memoryview]]:
-        """See `peerwire.Caller`. Between two connections it raises PeerLost at once."""
+        """See `Caller`. Between two connections it raises PeerLost at once."""
         future: asyncio.Future[tuple[Reply, list[memoryview]]] = asyncio.get_running_loop().create_future()
 
         def done(reply: Reply | SwarmError, frames: list[memoryview]) -> None:
@@ -167,7 +167,7 @@ class PeerLink:
             self._abandon(request)
 
     def begin(self, message: Ask, payload: Sequence[bytes | memoryview], done: AskDone, *, timeout_s: float) -> None:
-        """See `peerwire.Caller`."""
+        """See `Caller`."""
         self._call(message, payload, done, timeout_s)
 
     def _call(self, message: Ask, payload: Sequence[bytes | memoryview], done: AskDone, timeout_s: float) -> bytes:
@@ -190,7 +190,7 @@ class PeerLink:
             self._close(request)
 
     async def stream(self, message: Ask, *, silence_s: float) -> AsyncGenerator[Reply, None]:
-        """See `peerwire.Caller`. The last reply is the first that is neither KeepAlive nor a Part without `finish`."""
+        """See `Caller`. The last reply is the first that is neither KeepAlive nor a Part without `finish`."""
         request = self._open(message, ())
         inbox = self._inboxes[request] = _Inbox()
         try:

@@ -14,9 +14,9 @@ from blake3 import blake3
 
 from swarmcpp.core import Clock
 from swarmcpp.errors import QueueFull, SnapshotError
-from swarmcpp.peerwire import MAX_FRAMES, MAX_IDS, BlockPage, Blocks, FetchBlocks, ListBlocks
 from swarmcpp.swarm.shipping import can_quantise
 from swarmcpp.telemetry import diag
+from swarmcpp.wire.peers import MAX_FRAMES, MAX_IDS, BlockPage, Blocks, FetchBlocks, ListBlocks
 
 logger = logging.getLogger(__name__)
 

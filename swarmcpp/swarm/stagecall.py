@@ -9,7 +9,11 @@ from typing import Final, Protocol
 
 from swarmcpp.core import GenerateRequest, Limits
 from swarmcpp.errors import StageFailed, SwarmError, WireError, by_code
-from swarmcpp.peerwire import (
+from swarmcpp.stages import Pass, Passed, StageRef, StageTime
+from swarmcpp.telemetry import printable
+from swarmcpp.wire.checks import check_request
+from swarmcpp.wire.codec import RowEncoding
+from swarmcpp.wire.peers import (
     MAX_MESSAGE,
     MAX_PARTS,
     Hop,
@@ -22,10 +26,6 @@ from swarmcpp.peerwire import (
     SequenceReady,
     StoreSequence,
 )
-from swarmcpp.stages import Pass, Passed, StageRef, StageTime
-from swarmcpp.swarm.remote import check_request
-from swarmcpp.telemetry import printable
-from swarmcpp.wire import RowEncoding
 
 LEAST_S: Final = 3.0
 """The shortest time-out of a pass: a machine that swaps or whose link stalls for a moment is not lost."""
@@ -119,7 +119,7 @@ def row_bytes(n_embd: int, encoding: RowEncoding) -> int:
 def checked_open(message: OpenSequence, ref: StageRef, bounds: StageBounds) -> GenerateRequest | None:
     """The request of a peer's `open`, fit for this stage: None but for a tail.
 
-    Raises WireError for numbers out of range, and what `remote.check_request` does.
+    Raises WireError for numbers out of range, and what `wire.checks.check_request` does.
     """
     limits = bounds.limits
     _check_epoch(message.epoch)

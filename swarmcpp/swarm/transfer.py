@@ -15,7 +15,7 @@ from swarmcpp.errors import BadRequest, DownloadFailed, SwarmError
 from swarmcpp.models.capacity import gigabytes
 from swarmcpp.models.download import BACKOFF_S, PullProgress, Sleep
 from swarmcpp.models.manifest import FileChunk, Manifest
-from swarmcpp.peerwire import Caller, ChunkReply, GetChunk
+from swarmcpp.wire.peers import Caller, ChunkReply, GetChunk
 
 WINDOW = 4
 """Chunks under way at one holder: its link stays full while one is read there and another is checked here."""

@@ -11,8 +11,8 @@ from blake3 import blake3
 from swarmcpp.errors import PeerError, SwarmError
 from swarmcpp.models.manifest import Manifest
 from swarmcpp.models.vocabfile import header_bytes_needed, write_vocab_file
-from swarmcpp.peerwire import Caller, ChunkReply, GetChunk
 from swarmcpp.swarm.modelfetch import get_manifest
+from swarmcpp.wire.peers import Caller, ChunkReply, GetChunk
 
 ASK_S = 10.0
 MAX_HEADER_BYTES = 256 << 20

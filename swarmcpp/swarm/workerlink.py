@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Final
 
 from swarmcpp.swarm.framing import HEADER, READ_BYTES, Ticket, pieces, sizes
-from swarmcpp.wire import Buffer, FromEngine, Stop, ToEngine, decode, encode
+from swarmcpp.wire.codec import Buffer
+from swarmcpp.wire.engine import FromEngine, Stop, ToEngine, decode, encode
 
 LINGER_S: Final = 1.0
 
@@ -19,7 +20,7 @@ _yield: Final[Callable[[], None]] = getattr(os, "sched_yield", lambda: time.slee
 
 
 class WorkerLink:
-    """The engine's end. Satisfies `wire.EngineLink` and `wire.StageLink`."""
+    """The engine's end. Satisfies `EngineLink` and `StageLink`."""
 
     def __init__(self, ticket: Ticket) -> None:
         """Raises OSError when the node is not there."""
@@ -36,7 +37,7 @@ class WorkerLink:
         """What was read beyond the last message."""
 
     def receive(self, timeout_s: float, poll_s: float = 0.0) -> ToEngine | None:
-        """See `wire.StageLink`. Stop when the node has closed its end."""
+        """See `StageLink`. Stop when the node has closed its end."""
         if not self._buffer and not (poll_s and self._watch(poll_s)) and not self._wait(timeout_s):
             return None
         if not self._fill(HEADER.size):
@@ -78,7 +79,7 @@ class WorkerLink:
         return True
 
     def send(self, message: FromEngine, frame: Buffer | None = None) -> None:
-        """See `wire.StageLink`. Waits while the node does not read. Raises ConnectionError when it is gone."""
+        """See `StageLink`. Waits while the node does not read. Raises ConnectionError when it is gone."""
         self._socket.sendall(b"".join(pieces(encode(message), frame)))
 
     def close(self, linger_s: float = LINGER_S) -> None:

@@ -19,7 +19,6 @@ from swarmcpp.errors import SwarmError
 from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.llama import kvwire
 from swarmcpp.peers import NodeId
-from swarmcpp.peerwire import Blocks, Caller, FetchBlocks, OfferBlocks
 from swarmcpp.route.passes import pass_s
 from swarmcpp.stages import StageRef
 from swarmcpp.swarm.fetch import PrefixQuery, fetch_prefix
@@ -29,6 +28,7 @@ from swarmcpp.swarm.stagecall import hop
 from swarmcpp.swarming.blocks import tell_on_loop
 from swarmcpp.swarming.pipelines import OwnStage, Pipelines
 from swarmcpp.telemetry import diag
+from swarmcpp.wire.peers import Blocks, Caller, FetchBlocks, OfferBlocks
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 
-from swarmcpp.core import EngineStats, GenerateRequest
+from swarmcpp.core import EngineStats, GenerateRequest, TokenPart
 from swarmcpp.engineprocess import EngineStatus
 from swarmcpp.errors import NotReady
 from swarmcpp.local import LOCAL, Fetch
-from swarmcpp.peers import Load, TokenPart
+from swarmcpp.peers import Load
 from swarmcpp.pipeline.conductor import Conductor
 from swarmcpp.pipeline.runs import Chain
 

@@ -14,10 +14,10 @@ from swarmcpp.llama.vocab import VocabModel
 from swarmcpp.local import LocalReplica, Runner
 from swarmcpp.models.gguf_header import read_header
 from swarmcpp.peers import ModelOffer, NodeId
-from swarmcpp.peerwire import Caller
 from swarmcpp.swarm.membership import PeerView, Status
 from swarmcpp.swarm.mesh import Mesh
 from swarmcpp.swarm.vocabulary import fetch_vocabulary
+from swarmcpp.wire.peers import Caller
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from swarmcpp.swarm.membership import Status
 from swarmcpp.swarm.mesh import Mesh
 from swarmcpp.swarm.stagecall import StageBounds
 from swarmcpp.swarming.stages import StageService
-from swarmcpp.wire import RowEncoding
+from swarmcpp.wire.codec import RowEncoding
 
 EXPECTED_TOKENS: Final = 256
 """Of a typical answer, as in route/replicas.py."""

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Final
 
-from swarmcpp.core import Clock, GenerateRequest
+from swarmcpp.core import Clock, GenerateRequest, TokenPart
 from swarmcpp.errors import (
     BadRequest,
     EngineFailed,
@@ -21,7 +21,7 @@ from swarmcpp.errors import (
     WireError,
 )
 from swarmcpp.local import Runner
-from swarmcpp.peers import CacheHits, NodeId, TokenPart
+from swarmcpp.peers import CacheHits, NodeId
 from swarmcpp.route.replicas import Choice, DelegationRates, Replica, choose
 from swarmcpp.swarm.mesh import Mesh
 from swarmcpp.swarm.remote import remote_tokens

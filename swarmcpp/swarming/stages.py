@@ -22,7 +22,11 @@ from swarmcpp.errors import (
     WireError,
 )
 from swarmcpp.peers import NodeId
-from swarmcpp.peerwire import (
+from swarmcpp.stages import Pass, PassDone, Passed, StageCaller, StageRef, StageTime
+from swarmcpp.swarm import stagecall
+from swarmcpp.swarm.endpoint import Responder
+from swarmcpp.swarm.stagecall import HopTimes, StageBounds, StageHost
+from swarmcpp.wire.peers import (
     AskStage,
     Caller,
     CloseSequence,
@@ -37,10 +41,6 @@ from swarmcpp.peerwire import (
     SequenceReady,
     StoreSequence,
 )
-from swarmcpp.stages import Pass, PassDone, Passed, StageCaller, StageRef, StageTime
-from swarmcpp.swarm import stagecall
-from swarmcpp.swarm.endpoint import Responder
-from swarmcpp.swarm.stagecall import HopTimes, StageBounds, StageHost
 
 logger = logging.getLogger(__name__)
 

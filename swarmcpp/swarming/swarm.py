@@ -14,24 +14,13 @@ from typing import Final
 
 from swarmcpp import __version__
 from swarmcpp.config import Config
-from swarmcpp.core import Clock, GenerateRequest, Limits
+from swarmcpp.core import Clock, GenerateRequest, Limits, TokenPart
 from swarmcpp.errors import UnknownModel
 from swarmcpp.hardware import read_hardware
 from swarmcpp.local import LOCAL
 from swarmcpp.models.manifest import Manifest
 from swarmcpp.models.modelfiles import SparseModel
-from swarmcpp.peers import Address, Capability, Load, NodeId, StageOffer, TokenPart
-from swarmcpp.peerwire import (
-    AskStage,
-    BlockPage,
-    Caller,
-    FetchBlocks,
-    Generate,
-    GetChunk,
-    GetManifest,
-    ListBlocks,
-    RunStage,
-)
+from swarmcpp.peers import Address, Capability, Load, NodeId, StageOffer
 from swarmcpp.stages import StageRef
 from swarmcpp.status import EventRow, SwarmStatus
 from swarmcpp.swarm.discovery import Discovery, lan_addresses
@@ -50,6 +39,17 @@ from swarmcpp.swarming.pipelines import Pipelines
 from swarmcpp.swarming.requests import Requests
 from swarmcpp.swarming.stages import StageService
 from swarmcpp.swarming.view import chain_text, node_row, request_rows
+from swarmcpp.wire.peers import (
+    AskStage,
+    BlockPage,
+    Caller,
+    FetchBlocks,
+    Generate,
+    GetChunk,
+    GetManifest,
+    ListBlocks,
+    RunStage,
+)
 
 logger = logging.getLogger(__name__)
 

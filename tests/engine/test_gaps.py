@@ -8,7 +8,7 @@ from engine_support import Rig, RigMaker, prompt_of, request
 from fake_backend import continuation
 
 from swarmcpp.core import Rows
-from swarmcpp.wire import Cancel, Submit, ToEngine
+from swarmcpp.wire.engine import Cancel, Submit, ToEngine
 
 
 def drive(rig: Rig, script: dict[int, list[ToEngine]]) -> None:

@@ -14,7 +14,7 @@ from fake_backend import continuation
 from swarmcpp.core import Backend, GenerateRequest, Rows, SamplingParams
 from swarmcpp.engine.scheduler import Policy
 from swarmcpp.errors import DecodeAborted, DecodeFailed, SwarmError
-from swarmcpp.wire import Cancel, LoadProgress, Stop, Submit
+from swarmcpp.wire.engine import Cancel, LoadProgress, Stop, Submit
 
 ENDLESS = SamplingParams(temperature=0.0, ignore_eos=True)
 SMALL_CHUNKS = Policy(prefill_chunk_tokens=16)

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from swarmcpp.core import GenerateRequest, SamplingParams
 from swarmcpp.engine.scheduler import Policy
-from swarmcpp.wire import Cancel
+from swarmcpp.wire.engine import Cancel
 
 N_CTX = 64
 EOG = 3

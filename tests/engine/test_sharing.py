@@ -23,7 +23,17 @@ from swarmcpp.kv.keys import KvIdentity
 from swarmcpp.llama.backend import LlamaBackend
 from swarmcpp.llama.context import Context, ContextOptions, Model
 from swarmcpp.testing import FakeClock
-from swarmcpp.wire import BlocksFull, BlocksStored, Cancel, Forget, StepOut, StoreBlocks, Submit, TokenOut, UseArena
+from swarmcpp.wire.engine import (
+    BlocksFull,
+    BlocksStored,
+    Cancel,
+    Forget,
+    StepOut,
+    StoreBlocks,
+    Submit,
+    TokenOut,
+    UseArena,
+)
 
 BLOCK = 64
 N_CTX = 512

@@ -21,9 +21,9 @@ from swarmcpp.llama.context import Context, Model
 from swarmcpp.llama.rows import FloatRows
 from swarmcpp.llama.stage import StageContext, StageRows
 from swarmcpp.testing import FakeClock
-from swarmcpp.wire import (
+from swarmcpp.wire.codec import Buffer
+from swarmcpp.wire.engine import (
     BlocksStored,
-    Buffer,
     Cancel,
     FromEngine,
     Place,
@@ -358,7 +358,7 @@ def test_blocks_come_back_from_the_arena(first: Stage, tmp_path: Path) -> None:
 
 @dataclass(slots=True)
 class Comings:
-    """A `wire.StageLink` at which messages come after some time each; None: nothing comes within the time-out."""
+    """A `StageLink` at which messages come after some time each; None: nothing comes within the time-out."""
 
     clock: FakeClock
     comings: list[tuple[float, ToEngine | None]]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from swarmcpp.core import Rows, SamplingParams
 from swarmcpp.engine.scheduler import Policy
 from swarmcpp.testing import FakeClock
-from swarmcpp.wire import FromEngine, StepOut, Submit
+from swarmcpp.wire.engine import FromEngine, StepOut, Submit
 
 N_VOCAB = 97
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from swarmcpp.errors import WireError
 from swarmcpp.llama.rows import FloatRows, decode_rows, encode_rows
-from swarmcpp.wire import RowEncoding
+from swarmcpp.wire.codec import RowEncoding
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 100))
 ENCODINGS: tuple[RowEncoding, ...] = ("f32", "q8_0")

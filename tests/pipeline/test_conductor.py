@@ -14,9 +14,8 @@ import pytest
 from engine_support import prompt_of, stories_model
 from pipeline_support import GREEDY, N_CTX, N_VOCAB, Rendezvous, Swarm, ThreadStage, policy, until
 
-from swarmcpp.core import GenerateRequest, SamplingParams
+from swarmcpp.core import GenerateRequest, SamplingParams, TokenPart
 from swarmcpp.errors import Cancelled, NotReady, PeerLost, PromptTooLong, QueueFull, StageFailed
-from swarmcpp.peers import TokenPart
 from swarmcpp.pipeline import lanes
 from swarmcpp.pipeline.conductor import MAX_FAILURES, Conductor
 from swarmcpp.pipeline.finding import PATIENCE_S

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from swarmcpp.core import GenerateRequest, SamplingParams
+from swarmcpp.core import GenerateRequest, SamplingParams, TokenPart
 from swarmcpp.errors import StageFailed
-from swarmcpp.peers import TokenPart
 from swarmcpp.pipeline.lanes import Lane
 from swarmcpp.pipeline.runs import Broken, Chain, ModelFacts, PipelinePolicy, Run, Surroundings
 from swarmcpp.stages import Pass, Passed, StageRef, StageTime
 from swarmcpp.testing import FakeClock
-from swarmcpp.wire import RowEncoding
+from swarmcpp.wire.codec import RowEncoding
 
 FINGERPRINT = bytes(32)
 CHAIN: Chain = (StageRef("a", FINGERPRINT, 0, 2, 4), StageRef("b", FINGERPRINT, 2, 4, 4))

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcpp.peers import CacheHits, Load, ObservedLatency, StageOffer
-from swarmcpp.peerwire import MAX_IDS, Alive, Gossip, Leaving, NodeCapability, PrefixCacheAnnounce, decode, encode
 from swarmcpp.swarm.announcer import Announcer, heartbeat_s
 from swarmcpp.swarm.holders import Holders
 from swarmcpp.testing import FakeClock
+from swarmcpp.wire.peers import MAX_IDS, Alive, Gossip, Leaving, NodeCapability, PrefixCacheAnnounce, decode, encode
 
 A, B, C = (block_id(number) for number in range(3))
 

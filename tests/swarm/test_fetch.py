@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcpp.errors import QueueFull
-from swarmcpp.peerwire import Blocks, FetchBlocks, Pong, Reply
 from swarmcpp.swarm.fetch import FetchResult, fetch_prefix
 from swarmcpp.swarm.fetchcontext import FetchSettings
 from swarmcpp.swarm.shipping import MIN_GAIN, Progress, Shipment, Source, decide, overtaken, wire_bytes
+from swarmcpp.wire.peers import Blocks, FetchBlocks, Pong, Reply
 
 
 async def fetch(swarm: Swarm, n: int, settings: FetchSettings | None = None, **changes: object) -> FetchResult:

@@ -11,9 +11,9 @@ import pytest
 from blake3 import blake3
 from block_peers import BLOCK_BYTES, NAN, Swarm, block_id, key, payload, query
 
-from swarmcpp.peerwire import Blocks, FetchBlocks, Reply
 from swarmcpp.swarm.fetch import FetchResult, fetch_prefix
 from swarmcpp.swarm.fetchcontext import FetchSettings
+from swarmcpp.wire.peers import Blocks, FetchBlocks, Reply
 
 BLOCKS = 40
 TPS = 160.0

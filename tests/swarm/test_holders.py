@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from swarmcpp.errors import WireError
 from swarmcpp.peers import Load
-from swarmcpp.peerwire import Alive, BlockPage, Gossip
 from swarmcpp.swarm import holders as module
 from swarmcpp.swarm.holders import Holders
+from swarmcpp.wire.peers import Alive, BlockPage, Gossip
 
 A, B, C, D = sorted(block_id(number) for number in range(4))
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from swarmcpp.errors import PeerError, WireError
 from swarmcpp.peers import Address, CacheHits, Capability, Load, ObservedLatency, StageOffer
-from swarmcpp.peerwire import Alive, Gossip, Leaving, NodeCapability, PrefixCacheAnnounce
 from swarmcpp.swarm.announcer import heartbeat_s
 from swarmcpp.swarm.membership import MAX_PEERS, Heard, Membership, Status, check_capability
 from swarmcpp.testing import FakeClock
+from swarmcpp.wire.peers import Alive, Gossip, Leaving, NodeCapability, PrefixCacheAnnounce
 
 
 def alive(sequence: int, node: str = PEER, boot: int = 1, **load: Any) -> Gossip:

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcpp.core import GenerateRequest, Limits, SamplingParams
+from swarmcpp.core import GenerateRequest, Limits, SamplingParams, TokenPart
 from swarmcpp.errors import BadRequest, EngineFailed, PeerLost, PromptTooLong, QueueFull, SwarmError, WireError
-from swarmcpp.peers import TokenPart
-from swarmcpp.peerwire import Ask, Generate, KeepAlive, Part, Pong, Reply, decode, encode
-from swarmcpp.swarm.remote import SILENCE_S, Run, check_request, remote_tokens, serve_generate
+from swarmcpp.swarm.remote import SILENCE_S, Run, remote_tokens, serve_generate
+from swarmcpp.wire.checks import check_request
+from swarmcpp.wire.peers import Ask, Generate, KeepAlive, Part, Pong, Reply, decode, encode
 
 LIMITS = Limits(ctx_size=100, n_vocab=256)
 REQUEST = GenerateRequest(id="r", model="m", prompt=(1, 2, 3), max_tokens=5, deadline_s=9.0)

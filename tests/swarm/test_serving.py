@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcpp.errors import QueueFull, SnapshotError
-from swarmcpp.peerwire import MAX_FRAMES, MAX_IDS, FetchBlocks, ListBlocks
 from swarmcpp.swarm.serving import (
     BUSY_BURST_S,
     BUSY_SHARE,
@@ -21,6 +20,7 @@ from swarmcpp.swarm.serving import (
     Governor,
     TokenBucket,
 )
+from swarmcpp.wire.peers import MAX_FRAMES, MAX_IDS, FetchBlocks, ListBlocks
 
 
 @pytest.fixture

@@ -30,11 +30,11 @@ from swarmcpp.models.modelfiles import chunks_of
 from swarmcpp.models.slicestore import SliceFiles, SliceStore
 from swarmcpp.models.slicing import embedding_range, slice_ranges, write_slice
 from swarmcpp.models.synthetic import Shape, write_model
-from swarmcpp.peerwire import Caller, GetChunk
 from swarmcpp.swarm.modelfetch import fetch_parts
 from swarmcpp.swarm.modelserver import ModelServer
 from swarmcpp.swarm.slicefetch import find_manifest, obtain_slice
 from swarmcpp.swarm.transfer import PATIENCE_S
+from swarmcpp.wire.peers import Caller, GetChunk
 
 CHUNK = 4096
 N_LAYERS = 6

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from swarmcpp.core import Limits
 from swarmcpp.errors import WireError
-from swarmcpp.peerwire import MAX_FRAMES, MAX_MESSAGE, Hop, PassPart, RunStage, decode, encode
 from swarmcpp.stages import Pass, StageRef
 from swarmcpp.swarm import stagecall
 from swarmcpp.swarm.stagecall import LEAST_S, MAX_TIMES, UNKNOWN_S, HopTimes, StageBounds
+from swarmcpp.wire.peers import MAX_FRAMES, MAX_MESSAGE, Hop, PassPart, RunStage, decode, encode
 
 NODES = ("1" * 16, "2" * 16, "3" * 16)
 REF = StageRef(NODES[0], b"f" * 32, 2, 5, 9)

@@ -39,7 +39,16 @@ from swarmcpp.errors import (
     WireError,
 )
 from swarmcpp.peers import Address, Capability
-from swarmcpp.peerwire import (
+from swarmcpp.stages import Pass, Passed, StageCaller, StageRef, StageTime
+from swarmcpp.swarm import stagecall
+from swarmcpp.swarm.endpoint import Responder
+from swarmcpp.swarm.identity import SwarmKey, new_node_keys, node_id
+from swarmcpp.swarm.mesh import Mesh
+from swarmcpp.swarm.stagecall import StageBounds
+from swarmcpp.swarm.store import Identity
+from swarmcpp.swarming.stages import StageService
+from swarmcpp.testing import FakeClock
+from swarmcpp.wire.peers import (
     Ask,
     AskStage,
     CloseSequence,
@@ -55,15 +64,6 @@ from swarmcpp.peerwire import (
     SequenceReady,
     StoreSequence,
 )
-from swarmcpp.stages import Pass, Passed, StageCaller, StageRef, StageTime
-from swarmcpp.swarm import stagecall
-from swarmcpp.swarm.endpoint import Responder
-from swarmcpp.swarm.identity import SwarmKey, new_node_keys, node_id
-from swarmcpp.swarm.mesh import Mesh
-from swarmcpp.swarm.stagecall import StageBounds
-from swarmcpp.swarm.store import Identity
-from swarmcpp.swarming.stages import StageService
-from swarmcpp.testing import FakeClock
 
 SEQUENCE = b"s" * 16
 KEYS = (b"k" * 32, b"l" * 32)

@@ -10,9 +10,11 @@ import pytest
 import zmq
 from swarm_support import DEADLINE_S, HOST, Peers, pong, swarm
 
-from swarmcpp.core import GenerateRequest
-from swarmcpp.peers import Address, Capability, Load, StageOffer, TokenPart
-from swarmcpp.peerwire import (
+from swarmcpp.core import GenerateRequest, TokenPart
+from swarmcpp.peers import Address, Capability, Load, StageOffer
+from swarmcpp.swarm.endpoint import Responder
+from swarmcpp.swarm.peerlink import PeerLink
+from swarmcpp.wire.peers import (
     Alive,
     Ask,
     BlockPage,
@@ -48,8 +50,6 @@ from swarmcpp.peerwire import (
     Welcome,
     encode,
 )
-from swarmcpp.swarm.endpoint import Responder
-from swarmcpp.swarm.peerlink import PeerLink
 
 STRANGERS = 10_000
 AT_ONCE = 200

@@ -10,10 +10,13 @@ import pytest
 import zmq
 from swarm_support import DEADLINE_S, HOST, Peers, pong, swarm, until
 
-from swarmcpp.core import GenerateRequest
+from swarmcpp.core import GenerateRequest, TokenPart
 from swarmcpp.errors import BadConfig, PeerLost, PeerTimeout, PortInUse, QueueFull, SwarmError, UnknownModel, WireError
-from swarmcpp.peers import Address, Load, TokenPart
-from swarmcpp.peerwire import (
+from swarmcpp.peers import Address, Load
+from swarmcpp.swarm.endpoint import Endpoint, Handler, Limits, Responder
+from swarmcpp.swarm.identity import SwarmKey, new_node_keys, node_id
+from swarmcpp.swarm.peerlink import MAX_BUFFERED, MAX_OUTSTANDING, PeerLink
+from swarmcpp.wire.peers import (
     MAX_FRAMES,
     PROTOCOL,
     Alive,
@@ -32,9 +35,6 @@ from swarmcpp.peerwire import (
     decode,
     encode,
 )
-from swarmcpp.swarm.endpoint import Endpoint, Handler, Limits, Responder
-from swarmcpp.swarm.identity import SwarmKey, new_node_keys, node_id
-from swarmcpp.swarm.peerlink import MAX_BUFFERED, MAX_OUTSTANDING, PeerLink
 
 GENERATE = Generate(GenerateRequest("r", "m", (1, 2, 3), 100))
 MANIFEST = GetManifest(b"f" * 32)

@@ -19,12 +19,12 @@ from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.kv.keys import KvIdentity, block_keys
 from swarmcpp.llama import kvwire
 from swarmcpp.peers import StageOffer
-from swarmcpp.peerwire import Ask, FetchBlocks, OfferBlocks, Pong, Reply, decode, encode
 from swarmcpp.stages import StageRef
 from swarmcpp.swarm.fetchcontext import FetchContext, FetchSettings
 from swarmcpp.swarm.links import LinkBook
 from swarmcpp.swarming.copies import MAX_WAITING, StageCopies
 from swarmcpp.testing import FakeClock
+from swarmcpp.wire.peers import Ask, FetchBlocks, OfferBlocks, Pong, Reply, decode, encode
 
 FINGERPRINT = b"f" * 32
 IDENTITY = KvIdentity(FINGERPRINT, 64, (1, 1))

@@ -10,10 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcpp import wire
 from swarmcpp.core import BlockRef, EngineStats, GenerateRequest, KvLayout, SamplingParams
 from swarmcpp.errors import WireError
-from swarmcpp.wire import MAX_FRAME, VERSION, Cancel, Fault, Message, Refused, Stop, Submit, TokenOut, decode, encode
+from swarmcpp.wire import engine
+from swarmcpp.wire.engine import (
+    MAX_FRAME,
+    VERSION,
+    Cancel,
+    Fault,
+    Message,
+    Refused,
+    Stop,
+    Submit,
+    TokenOut,
+    decode,
+    encode,
+)
 
 ids = st.integers(0, 2**63)
 tokens = st.integers(-(2**31), 2**31 - 1)
@@ -67,7 +79,7 @@ stats = st.builds(
     calls=ids,
 )
 options = st.builds(
-    wire.EngineOptions,
+    engine.EngineOptions,
     model_path=text,
     ctx_size=ids,
     slots=ids,
@@ -80,30 +92,30 @@ options = st.builds(
     batched_prefill_forward=st.booleans(),
 )
 rows = st.lists(ids, max_size=3).map(tuple)
-run_parts = st.builds(wire.RunPart, ids, ids, ids, st.booleans())
+run_parts = st.builds(engine.RunPart, ids, ids, ids, st.booleans())
 encodings = st.sampled_from(["f32", "q8_0"])
 layouts = st.builds(KvLayout, magic=ids, n_stream=ids, k_type=ids, v_type=ids, k_rows=rows, v_rows=rows)
 by_class: dict[type, st.SearchStrategy[Any]] = {
-    wire.Load: st.builds(wire.Load, options),
+    engine.Load: st.builds(engine.Load, options),
     Submit: st.builds(Submit, ids, requests, st.lists(blocks, max_size=3).map(tuple)),
-    wire.UseArena: st.builds(wire.UseArena, text, ids, ids),
-    wire.Forget: st.builds(wire.Forget),
-    wire.StoreBlocks: st.builds(wire.StoreBlocks, ids, st.lists(st.tuples(ids, ids), max_size=3).map(tuple)),
+    engine.UseArena: st.builds(engine.UseArena, text, ids, ids),
+    engine.Forget: st.builds(engine.Forget),
+    engine.StoreBlocks: st.builds(engine.StoreBlocks, ids, st.lists(st.tuples(ids, ids), max_size=3).map(tuple)),
     Cancel: st.builds(Cancel, ids),
-    wire.Place: st.builds(wire.Place, ids, ids, st.lists(blocks, max_size=3).map(tuple), st.none() | requests),
-    wire.Run: st.builds(wire.Run, ids, st.lists(run_parts, max_size=4).map(tuple), encodings, encodings),
+    engine.Place: st.builds(engine.Place, ids, ids, st.lists(blocks, max_size=3).map(tuple), st.none() | requests),
+    engine.Run: st.builds(engine.Run, ids, st.lists(run_parts, max_size=4).map(tuple), encodings, encodings),
     Stop: st.builds(Stop),
-    wire.LoadProgress: st.builds(wire.LoadProgress, numbers),
-    wire.Ready: st.builds(wire.Ready, ids, ids, ids, ids, st.none() | layouts, text),
-    wire.BlocksFull: st.builds(wire.BlocksFull, ids, text, st.lists(tokens, max_size=9).map(tuple), ids),
-    wire.BlocksStored: st.builds(
-        wire.BlocksStored, ids, st.lists(st.tuples(ids, st.binary(max_size=32)), max_size=3).map(tuple)
+    engine.LoadProgress: st.builds(engine.LoadProgress, numbers),
+    engine.Ready: st.builds(engine.Ready, ids, ids, ids, ids, st.none() | layouts, text),
+    engine.BlocksFull: st.builds(engine.BlocksFull, ids, text, st.lists(tokens, max_size=9).map(tuple), ids),
+    engine.BlocksStored: st.builds(
+        engine.BlocksStored, ids, st.lists(st.tuples(ids, st.binary(max_size=32)), max_size=3).map(tuple)
     ),
-    wire.Placed: st.builds(wire.Placed, ids, ids, ids, st.booleans(), text, text),
-    wire.Ran: st.builds(wire.Ran, ids, st.lists(tokens, max_size=4).map(tuple), numbers, st.booleans(), text, text),
+    engine.Placed: st.builds(engine.Placed, ids, ids, ids, st.booleans(), text, text),
+    engine.Ran: st.builds(engine.Ran, ids, st.lists(tokens, max_size=4).map(tuple), numbers, st.booleans(), text, text),
     Fault: st.builds(Fault, text, text),
-    wire.StepOut: st.builds(
-        wire.StepOut,
+    engine.StepOut: st.builds(
+        engine.StepOut,
         st.lists(token_outs, max_size=4).map(tuple),
         stats,
         st.lists(st.builds(Refused, ids, text, text), max_size=2).map(tuple),
@@ -213,7 +225,7 @@ def test_unknown_fields_of_a_newer_peer_are_ignored(message: Message) -> None:
 
 
 def test_missing_fields_of_an_older_peer_have_their_defaults() -> None:
-    step = wire.StepOut((TokenOut(1, 2),), EngineStats(1, 0, 0))
+    step = engine.StepOut((TokenOut(1, 2),), EngineStats(1, 0, 0))
     fields = msgspec.msgpack.decode(encode(step)[1:])
     del fields["refused"]
     fields["tokens"] = [[1, 2]]

@@ -1,18 +1,13 @@
-"""The messages between a node and its engine, and the codec of all messages. The only user of msgspec's codec.
-
-A frame is one version byte, then a msgpack-encoded tagged union. Unknown fields of known messages are ignored, so a
-newer peer may add some; an unknown message, version or oversized frame is a WireError. Tensors never travel inside a
-message: they are raw frames beside it.
-"""
+"""The messages between a node and its engine, and the links that carry them."""
 
 from __future__ import annotations
 
-from typing import Any, Final, Generic, Literal, Protocol, TypeVar
+from typing import Final, Protocol
 
 import msgspec
 
 from swarmcpp.core import BlockRef, EngineStats, FinishReason, GenerateRequest, KvLayout
-from swarmcpp.errors import WireError
+from swarmcpp.wire.codec import Buffer, Codec, RowEncoding
 
 VERSION: Final = 1
 MAX_FRAME: Final = 16 << 20
@@ -21,11 +16,6 @@ MAX_FRAME: Final = 16 << 20
 
 MAX_TENSOR: Final = 64 << 20
 """Bytes of a raw frame beside a message: 512 rows of 32768 values, more than any model's, in F32."""
-
-Buffer = bytes | bytearray | memoryview
-
-RowEncoding = Literal["f32", "q8_0"]
-"""How rows between stages are written: little-endian float32, or ggml's Q8_0 (34 bytes for 32 values), row by row."""
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,7 +101,7 @@ class Place(msgspec.Struct, frozen=True, tag="place"):
 
 class RunPart(msgspec.Struct, frozen=True, array_like=True):
     """Rows of one sequence: `count` from position `start`, to which its KV is cut back. `output`: sample after them.
-    `place`: see `peerwire.PassPart`."""
+    `place`: see `PassPart`."""
 
     serial: int
     start: int
@@ -239,44 +229,6 @@ class StepOut(msgspec.Struct, frozen=True, tag="step"):
 ToEngine = Load | UseArena | Submit | StoreBlocks | Forget | Cancel | Place | Run | Stop
 FromEngine = LoadProgress | Ready | Fault | StepOut | BlocksFull | BlocksStored | Placed | Ran
 Message = ToEngine | FromEngine
-
-Sent = TypeVar("Sent")
-
-
-class Codec(Generic[Sent]):
-    """Frames of one union of messages: a version byte, then msgpack."""
-
-    def __init__(self, union: Any, version: int, max_frame: int) -> None:
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[Sent] = msgspec.msgpack.Decoder(union)
-        self._version = version
-        self._max_frame = max_frame
-
-    def encode(self, message: Sent) -> bytes:
-        """One frame. Raises WireError when it would exceed the limit, or holds what msgpack cannot carry."""
-        try:
-            frame = bytes((self._version,)) + self._encoder.encode(message)
-        except (UnicodeEncodeError, OverflowError) as error:
-            # A lone surrogate, or an integer beyond 64 bits.
-            raise WireError(f"cannot encode a {type(message).__name__} message: {error}") from error
-        if len(frame) > self._max_frame:
-            raise WireError(
-                f"a {type(message).__name__} message of {len(frame)} bytes exceeds the limit of {self._max_frame}"
-            )
-        return frame
-
-    def decode(self, frame: bytes) -> Sent:
-        """The message in `frame`. Raises WireError on anything else than a complete message of this version."""
-        if not frame or len(frame) > self._max_frame:
-            raise WireError(f"a frame of {len(frame)} bytes is outside 1..{self._max_frame}")
-        if frame[0] != self._version:
-            raise WireError(
-                f"protocol version {frame[0]} where {self._version} is spoken; run the same swarmcpp on both sides"
-            )
-        try:
-            return self._decoder.decode(memoryview(frame)[1:])
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise WireError(" ".join(f"cannot decode a message: {error}".split())) from error
 
 
 _codec: Codec[Message] = Codec(Message, VERSION, MAX_FRAME)

@@ -12,10 +12,10 @@ from typing import Annotated, Final, Protocol
 import msgspec
 from msgspec import Meta
 
-from swarmcpp.core import GenerateRequest
+from swarmcpp.core import GenerateRequest, TokenPart
 from swarmcpp.errors import SwarmError
-from swarmcpp.peers import Address, Capability, Load, TokenPart
-from swarmcpp.wire import Codec, RowEncoding
+from swarmcpp.peers import Address, Capability, Load
+from swarmcpp.wire.codec import Codec, RowEncoding
 
 PROTOCOL: Final = 1
 """First byte of every frame. A Hello also tells the range that a node speaks, which old and new nodes agree on."""
@@ -336,3 +336,7 @@ class Caller(Protocol):
         Raises PeerTimeout after `silence_s` without any reply, PeerLost, WireError, or what the peer answered with.
         """
         ...
+
+
+SEQUENCE_BYTES = 16
+"""Of a sequence's name, which its head draws at random."""

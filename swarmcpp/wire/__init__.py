@@ -1,0 +1,1 @@
+"""Messages between processes and between nodes, and what they may ask for."""
