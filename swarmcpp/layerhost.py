@@ -14,7 +14,6 @@ from typing import Final
 from swarmcpp.config import Config
 from swarmcpp.core import GenerateRequest, KvLayout, Limits, SamplingParams
 from swarmcpp.engine.scheduler import TILE_ROWS
-from swarmcpp.engineprocess import EngineStatus
 from swarmcpp.errors import NotEnoughMemory
 from swarmcpp.hardware import Hardware, read_hardware
 from swarmcpp.kv.cache import PrefixCache
@@ -29,7 +28,8 @@ from swarmcpp.models.slicing import check_sliceable
 from swarmcpp.node import open_arena
 from swarmcpp.route.passes import PassTimes
 from swarmcpp.stages import StageRef
-from swarmcpp.stagesupervisor import StageSupervisor
+from swarmcpp.supervisor.process import EngineStatus
+from swarmcpp.supervisor.stage import StageSupervisor
 from swarmcpp.swarm.stagecall import StageBounds
 from swarmcpp.swarming.pipelines import OwnStage
 from swarmcpp.swarming.swarm import Swarm

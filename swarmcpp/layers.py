@@ -10,7 +10,6 @@ from pathlib import Path
 
 from swarmcpp.config import Config
 from swarmcpp.core import ModelInfo
-from swarmcpp.engineprocess import EngineStatus
 from swarmcpp.kv.keys import block_keys
 from swarmcpp.layerhost import LayerHost, Obtain, Range, SharedModel, kv_identity
 from swarmcpp.llama.stage import EmbeddingTable
@@ -20,6 +19,7 @@ from swarmcpp.peers import ModelOffer
 from swarmcpp.pipeline.conductor import Conductor
 from swarmcpp.pipeline.runs import Ask, Chain, ModelFacts, PipelinePolicy, Surroundings
 from swarmcpp.route.passes import micro_batches
+from swarmcpp.supervisor.process import EngineStatus
 from swarmcpp.swarm.identity import JoinToken
 from swarmcpp.swarming.head import StageRunner
 from swarmcpp.swarming.models import Served

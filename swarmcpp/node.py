@@ -40,13 +40,15 @@ from swarmcpp.llama.chat import ChatCodec
 from swarmcpp.llama.probe import ProbeReport, probe
 from swarmcpp.llama.text import TextStream
 from swarmcpp.llama.vocab import Vocab, VocabModel
-from swarmcpp.local import LocalReplica, Runner
 from swarmcpp.models.capacity import choose_capacity
 from swarmcpp.models.inspect import ModelFile, inspect
 from swarmcpp.models.manifest import manifest_of
 from swarmcpp.peers import ModelOffer
 from swarmcpp.status import SwarmPlan, SwarmStatus
-from swarmcpp.supervisor import EngineStatus, EngineSupervisor
+from swarmcpp.supervisor.process import EngineStatus
+from swarmcpp.supervisor.replica import LocalReplica
+from swarmcpp.supervisor.runner import Runner
+from swarmcpp.supervisor.whole import EngineSupervisor
 from swarmcpp.swarm.identity import JoinToken
 from swarmcpp.swarming.models import Served
 from swarmcpp.swarming.placing import PlannedModel, plan

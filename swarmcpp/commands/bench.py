@@ -16,7 +16,7 @@ from swarmcpp.commands.serve import find_model
 from swarmcpp.config import Config, LoadedConfig
 from swarmcpp.core import GenerateRequest, SamplingParams
 from swarmcpp.node import prepare
-from swarmcpp.supervisor import EngineSupervisor
+from swarmcpp.supervisor.whole import EngineSupervisor
 
 PROMPT_TOKENS = 512
 ANSWER_TOKENS = 64

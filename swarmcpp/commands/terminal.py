@@ -15,7 +15,7 @@ from swarmcpp.config import is_loopback
 from swarmcpp.telemetry import printable
 
 if TYPE_CHECKING:
-    from swarmcpp.supervisor import EngineStatus
+    from swarmcpp.supervisor.process import EngineStatus
     from swarmcpp.swarm.identity import JoinToken
 
 PIPE_WIDTH = 1000

@@ -1,6 +1,6 @@
 """The head of a pipeline: admits requests, finds a chain of stages for each, and another one when that fails.
 
-It looks like `local.LocalReplica`: a place where requests run.
+It looks like `LocalReplica`: a place where requests run.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 from swarmcpp.core import Clock, GenerateRequest, TokenPart
 from swarmcpp.errors import Cancelled, NotReady, PeerLost, PromptTooLong, QueueFull, StageFailed
-from swarmcpp.local import MAX_RETRY_AFTER_S, Fetch
 from swarmcpp.peers import Load
 from swarmcpp.pipeline.finding import PATIENCE_S, ChainFinder
 from swarmcpp.pipeline.lanes import Lane
 from swarmcpp.pipeline.opening import close_all, open_all, store_all
 from swarmcpp.pipeline.runs import Broken, Chain, ModelFacts, PipelinePolicy, Run, Surroundings
+from swarmcpp.supervisor.runner import MAX_RETRY_AFTER_S, Fetch
 from swarmcpp.telemetry import RateEma, diag
 from swarmcpp.wire.peers import SEQUENCE_BYTES
 

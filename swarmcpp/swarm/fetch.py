@@ -62,18 +62,6 @@ class FetchResult:
     first: int = 0
 
 
-class Fetched(int):
-    """What a fetch did for a request, in tokens of its prompt: those that came from peers, and how many before them
-    were `computed` here for it meanwhile."""
-
-    computed: int
-
-    def __new__(cls, tokens: int = 0, computed: int = 0) -> Fetched:
-        self = super().__new__(cls, tokens)
-        self.computed = computed
-        return self
-
-
 async def fetch_prefix(
     context: FetchContext, query: PrefixQuery, store: Store, front: Front | None = None
 ) -> FetchResult:

@@ -15,10 +15,11 @@ from swarmcpp.core import Clock, GenerateRequest, SamplingParams
 from swarmcpp.errors import SwarmError
 from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.llama import kvwire
-from swarmcpp.local import LocalReplica
 from swarmcpp.peers import NodeId
-from swarmcpp.supervisor import EngineSupervisor
-from swarmcpp.swarm.fetch import Fetched, FetchResult, PrefixQuery, fetch_prefix
+from swarmcpp.supervisor.replica import LocalReplica
+from swarmcpp.supervisor.runner import Fetched
+from swarmcpp.supervisor.whole import EngineSupervisor
+from swarmcpp.swarm.fetch import FetchResult, PrefixQuery, fetch_prefix
 from swarmcpp.swarm.fetchcontext import FetchContext, FetchSettings, Front
 from swarmcpp.swarm.identity import SwarmKey
 from swarmcpp.swarm.mesh import Mesh

@@ -6,18 +6,18 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 
 from swarmcpp.core import EngineStats, GenerateRequest, TokenPart
-from swarmcpp.engineprocess import EngineStatus
 from swarmcpp.errors import NotReady
-from swarmcpp.local import LOCAL, Fetch
 from swarmcpp.peers import Load
 from swarmcpp.pipeline.conductor import Conductor
 from swarmcpp.pipeline.runs import Chain
+from swarmcpp.supervisor.process import EngineStatus
+from swarmcpp.supervisor.runner import LOCAL, Fetch
 
 ONLY_LAYERS = "this node has layers of the model only, and answers once the swarm has a node with the first layer"
 
 
 class StageRunner:
-    """Satisfies `local.Runner`. `engine` tells how this node's own stages are, `missing` what is missing for a chain,
+    """Satisfies `Runner`. `engine` tells how this node's own stages are, `missing` what is missing for a chain,
     in words, and `told` a chain; as long as there is no `conductor` this node only computes for other heads."""
 
     def __init__(
@@ -72,16 +72,16 @@ class StageRunner:
         return self.conductor.load(ttft_s) if self.conductor else Load()
 
     def route(self, request_id: str) -> str:
-        """See `local.Runner`."""
+        """See `Runner`."""
         chain = self.conductor.chain(request_id) if self.conductor else ()
         return self._told(chain) if chain else LOCAL
 
     def admit(self, request: GenerateRequest) -> GenerateRequest:
-        """See `local.Runner`."""
+        """See `Runner`."""
         return self._head().admit(request)
 
     def tokens(self, request: GenerateRequest, fetch: Fetch | None = None) -> AsyncGenerator[TokenPart, None]:
-        """See `local.Runner`."""
+        """See `Runner`."""
         return self._head().tokens(request, fetch)
 
     def _head(self) -> Conductor:

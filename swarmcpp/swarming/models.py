@@ -11,9 +11,10 @@ from swarmcpp.core import ModelInfo
 from swarmcpp.errors import UnknownModel
 from swarmcpp.llama.chat import ChatCodec
 from swarmcpp.llama.vocab import VocabModel
-from swarmcpp.local import LocalReplica, Runner
 from swarmcpp.models.gguf_header import read_header
 from swarmcpp.peers import ModelOffer, NodeId
+from swarmcpp.supervisor.replica import LocalReplica
+from swarmcpp.supervisor.runner import Runner
 from swarmcpp.swarm.membership import PeerView, Status
 from swarmcpp.swarm.mesh import Mesh
 from swarmcpp.swarm.vocabulary import fetch_vocabulary

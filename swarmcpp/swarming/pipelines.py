@@ -15,7 +15,7 @@ from swarmcpp.route.parallax import DEFAULT_LINK, Link, Stage, Work, chain_exist
 from swarmcpp.route.parallax import missing_layers as gaps
 from swarmcpp.route.passes import Curve, PassTimes, pass_s, sound_curve
 from swarmcpp.stages import StageCaller, StageRef
-from swarmcpp.stagesupervisor import StageSupervisor
+from swarmcpp.supervisor.stage import StageSupervisor
 from swarmcpp.swarm.membership import Status
 from swarmcpp.swarm.mesh import Mesh
 from swarmcpp.swarm.stagecall import StageBounds

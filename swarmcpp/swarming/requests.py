@@ -20,9 +20,9 @@ from swarmcpp.errors import (
     SwarmError,
     WireError,
 )
-from swarmcpp.local import Runner
 from swarmcpp.peers import CacheHits, NodeId
 from swarmcpp.route.replicas import Choice, DelegationRates, Replica, choose
+from swarmcpp.supervisor.runner import Runner
 from swarmcpp.swarm.mesh import Mesh
 from swarmcpp.swarm.remote import remote_tokens
 from swarmcpp.swarming.blocks import SharedBlocks

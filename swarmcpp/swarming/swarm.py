@@ -17,12 +17,12 @@ from swarmcpp.config import Config
 from swarmcpp.core import Clock, GenerateRequest, Limits, TokenPart
 from swarmcpp.errors import UnknownModel
 from swarmcpp.hardware import read_hardware
-from swarmcpp.local import LOCAL
 from swarmcpp.models.manifest import Manifest
 from swarmcpp.models.modelfiles import SparseModel
 from swarmcpp.peers import Address, Capability, Load, NodeId, StageOffer
 from swarmcpp.stages import StageRef
 from swarmcpp.status import EventRow, SwarmStatus
+from swarmcpp.supervisor.runner import LOCAL
 from swarmcpp.swarm.discovery import Discovery, lan_addresses
 from swarmcpp.swarm.endpoint import Responder
 from swarmcpp.swarm.identity import MAX_TOKEN_ADDRESSES, JoinToken, SwarmKey

@@ -9,9 +9,9 @@ from contextlib import aclosing
 from pipeline_support import GREEDY, Swarm, policy
 
 from swarmcpp.core import GenerateRequest
-from swarmcpp.engineprocess import EngineStatus
-from swarmcpp.local import LOCAL
 from swarmcpp.pipeline.conductor import Conductor
+from swarmcpp.supervisor.process import EngineStatus
+from swarmcpp.supervisor.runner import LOCAL
 from swarmcpp.swarming.head import StageRunner
 
 

@@ -18,11 +18,11 @@ from swarm_process import HOST, SLOW
 from swarmcpp.commands.swarm import in_swarm
 from swarmcpp.config import Config, EngineConfig, InferenceConfig, ServerConfig, StorageConfig, SwarmConfig
 from swarmcpp.core import GenerateRequest, SamplingParams, TokenPart
-from swarmcpp.local import LocalReplica
 from swarmcpp.models.synthetic import write_model
 from swarmcpp.node import run
 from swarmcpp.peers import Address
-from swarmcpp.supervisor import EngineSupervisor
+from swarmcpp.supervisor.replica import LocalReplica
+from swarmcpp.supervisor.whole import EngineSupervisor
 from swarmcpp.swarm.endpoint import Responder
 from swarmcpp.swarm.identity import SwarmKey
 from swarmcpp.swarm.store import SwarmStore

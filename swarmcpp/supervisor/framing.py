@@ -1,4 +1,4 @@
-"""How messages and raw frames lie in the byte stream between a node and its engine (see swarm/link.py)."""
+"""How messages and raw frames lie in the byte stream between a node and its engine (see supervisor/nodelink.py)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ from swarmcpp.kv.arena import Arena
 from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.kv.keys import KvIdentity
 from swarmcpp.models.synthetic import TINY, Shape, write_model
-from swarmcpp.supervisor import MAX_CRASHES, MAX_KILLS, EngineStatus, EngineStream, EngineSupervisor
+from swarmcpp.supervisor.process import MAX_CRASHES, MAX_KILLS, EngineStatus
+from swarmcpp.supervisor.whole import EngineStream, EngineSupervisor
 from swarmcpp.wire.engine import EngineOptions, TokenOut
 
 pytestmark = pytest.mark.e2e
@@ -380,8 +381,8 @@ async def test_a_command_that_does_not_exist_is_a_failure(tiny: Path, tmp_path: 
 
 RUBBISH = """
 import json, sys, time
-from swarmcpp.swarm.framing import HEADER
-from swarmcpp.swarm.workerlink import WorkerLink
+from swarmcpp.supervisor.framing import HEADER
+from swarmcpp.supervisor.workerlink import WorkerLink
 link = WorkerLink(json.loads(sys.stdin.readline()))
 frame = {frame!r}
 link._socket.sendall(HEADER.pack(len(frame), 0xFFFFFFFF) + frame)
@@ -409,7 +410,7 @@ async def test_an_engine_that_floods_its_stderr_cannot_block(tiny: Path) -> None
 SCRIPTED = """
 import json, os, sys
 from swarmcpp.core import EngineStats
-from swarmcpp.swarm.workerlink import WorkerLink
+from swarmcpp.supervisor.workerlink import WorkerLink
 from swarmcpp.wire.engine import Fault, LoadProgress, Ready, StepOut, Submit, TokenOut
 link = WorkerLink(json.loads(sys.stdin.readline()))
 link.send(LoadProgress(0.0))

@@ -11,11 +11,11 @@ from typing import Unpack
 
 from swarmcpp.core import Clock, GenerateRequest
 from swarmcpp.engine.scheduler import TILE_ROWS
-from swarmcpp.engineprocess import EngineProcess, ProcessOptions
 from swarmcpp.errors import EngineFailed, NotReady, QueueFull, StageLost, SwarmError, WireError, revive
-from swarmcpp.incarnation import Incarnation
 from swarmcpp.kv.keys import KEY_BYTES
-from swarmcpp.stagebooks import Computed, ComputeDone, Opened, Pass, Placing, Waiting, next_of
+from swarmcpp.supervisor.books import Computed, ComputeDone, Opened, Pass, Placing, Waiting, next_of
+from swarmcpp.supervisor.incarnation import Incarnation
+from swarmcpp.supervisor.process import EngineProcess, ProcessOptions
 from swarmcpp.wire.codec import Buffer, RowEncoding
 from swarmcpp.wire.engine import (
     BlocksStored,

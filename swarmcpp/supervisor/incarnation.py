@@ -16,7 +16,7 @@ from pathlib import Path
 from swarmcpp.engine.abortflag import AbortFlag
 from swarmcpp.errors import EngineFailed, SwarmError
 from swarmcpp.kv.cache import Grant
-from swarmcpp.swarm.link import NodeLink
+from swarmcpp.supervisor.nodelink import NodeLink
 from swarmcpp.wire.engine import Stop
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from swarmcpp.kv.arena import Arena, ArenaGeometry
 from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.kv.keys import KvIdentity
 from swarmcpp.models.synthetic import TINY, write_model
-from swarmcpp.supervisor import EngineSupervisor
+from swarmcpp.supervisor.whole import EngineSupervisor
 from swarmcpp.wire.engine import EngineOptions
 
 pytestmark = pytest.mark.e2e

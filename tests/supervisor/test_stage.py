@@ -24,7 +24,7 @@ from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.kv.keys import KvIdentity, block_keys
 from swarmcpp.llama.rows import encode_rows
 from swarmcpp.llama.stage import EmbeddingTable
-from swarmcpp.stagesupervisor import IDLE_S, MAX_BYTES_UNDER_WAY, Computed, StageSupervisor
+from swarmcpp.supervisor.stage import IDLE_S, MAX_BYTES_UNDER_WAY, Computed, StageSupervisor
 from swarmcpp.testing import FakeClock
 from swarmcpp.wire.codec import RowEncoding
 from swarmcpp.wire.engine import EngineOptions

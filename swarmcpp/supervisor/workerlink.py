@@ -1,4 +1,4 @@
-"""The engine's end of the link to its node (swarm/link.py). Without asyncio, which no engine needs: 9 MiB of each."""
+"""The engine's end of the link to its node (nodelink.py). Without asyncio, which no engine needs: 9 MiB of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from swarmcpp.swarm.framing import HEADER, READ_BYTES, Ticket, pieces, sizes
+from swarmcpp.supervisor.framing import HEADER, READ_BYTES, Ticket, pieces, sizes
 from swarmcpp.wire.codec import Buffer
 from swarmcpp.wire.engine import FromEngine, Stop, ToEngine, decode, encode
 

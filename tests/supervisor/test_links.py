@@ -14,10 +14,10 @@ import pytest
 
 from swarmcpp.core import EngineStats
 from swarmcpp.errors import EngineFailed, WireError
+from swarmcpp.supervisor.nodelink import NodeLink
+from swarmcpp.supervisor.workerlink import WorkerLink
 from swarmcpp.swarm import framing as module
 from swarmcpp.swarm import link, workerlink
-from swarmcpp.swarm.link import NodeLink
-from swarmcpp.swarm.workerlink import WorkerLink
 from swarmcpp.wire.engine import MAX_FRAME, MAX_TENSOR, Cancel, Fault, LoadProgress, StepOut, Stop, TokenOut, encode
 
 DEADLINE_S = 10.0

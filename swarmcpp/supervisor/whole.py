@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Unpack
 
 from swarmcpp.core import EngineStats, GenerateRequest
-from swarmcpp.engineprocess import MAX_CRASHES, MAX_KILLS, EngineProcess, EngineStatus, ProcessOptions
 from swarmcpp.errors import EngineFailed, NotReady, SwarmError, WireError, revive
-from swarmcpp.incarnation import Incarnation
 from swarmcpp.kv.cache import Lease
+from swarmcpp.supervisor.incarnation import Incarnation
+from swarmcpp.supervisor.process import EngineProcess, ProcessOptions
 from swarmcpp.wire.engine import (
     BlocksFull,
     BlocksStored,
@@ -27,8 +27,6 @@ from swarmcpp.wire.engine import (
     Submit,
     TokenOut,
 )
-
-__all__ = ["MAX_CRASHES", "MAX_KILLS", "EngineStatus", "EngineStream", "EngineSupervisor"]
 
 logger = logging.getLogger(__name__)
 

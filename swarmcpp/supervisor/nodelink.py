@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from swarmcpp.errors import EngineFailed, WireError
-from swarmcpp.swarm.framing import HEADER, Ticket, pieces, sizes
+from swarmcpp.supervisor.framing import HEADER, Ticket, pieces, sizes
 from swarmcpp.wire.codec import Buffer
 from swarmcpp.wire.engine import FromEngine, ToEngine, decode, encode
 

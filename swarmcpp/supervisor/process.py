@@ -15,9 +15,9 @@ from typing import Any, TypedDict
 
 from swarmcpp.core import EngineState, KvLayout
 from swarmcpp.errors import EngineFailed, NotReady, StartupError, SwarmError, revive
-from swarmcpp.incarnation import STOP_GRACE_S, Incarnation, describe_exit, launch
 from swarmcpp.kv.cache import Grant, PrefixCache
-from swarmcpp.swarm.link import NodeLink
+from swarmcpp.supervisor.incarnation import STOP_GRACE_S, Incarnation, describe_exit, launch
+from swarmcpp.supervisor.nodelink import NodeLink
 from swarmcpp.wire.engine import (
     BlocksStored,
     EngineOptions,
