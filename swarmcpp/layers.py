@@ -17,11 +17,11 @@ from swarmcpp.moving import keep_placed
 from swarmcpp.node import Node, start_api, until_stopped, whole_offer
 from swarmcpp.peers import ModelOffer
 from swarmcpp.pipeline.conductor import Conductor
+from swarmcpp.pipeline.head import StageRunner
 from swarmcpp.pipeline.runs import Ask, Chain, ModelFacts, PipelinePolicy, Surroundings
 from swarmcpp.route.passes import micro_batches
 from swarmcpp.supervisor.process import EngineStatus
 from swarmcpp.swarm.identity import JoinToken
-from swarmcpp.swarming.head import StageRunner
 from swarmcpp.swarming.models import Served
 from swarmcpp.swarming.placing import PlannedModel, memory_text
 from swarmcpp.swarming.swarm import Swarm

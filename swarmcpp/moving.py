@@ -10,7 +10,7 @@ from swarmcpp.errors import SwarmError
 from swarmcpp.layerhost import LayerHost, Range, SharedModel
 from swarmcpp.peers import NodeId
 from swarmcpp.route.autoshard import Acquire, AutoShard, Drain, HeldStage, Release, Resume
-from swarmcpp.route.pipelines import Machine, ModelShape, Placement, stage_bytes
+from swarmcpp.route.costs import Machine, ModelShape, Placement, stage_bytes
 from swarmcpp.route.placement import place
 from swarmcpp.swarming.placing import machines_of, shape_of
 from swarmcpp.swarming.swarm import Swarm

@@ -24,9 +24,9 @@ from swarmcpp.llama.rows import decode_rows, encode_rows
 from swarmcpp.llama.sampler import Sampler
 from swarmcpp.llama.stage import EmbeddingTable, StageContext, StageRows
 from swarmcpp.models.slicing import write_slice
+from swarmcpp.pipeline.contract import Pass, Passed, StageRef, StageTime
 from swarmcpp.pipeline.runs import Ask, Chain, ModelFacts, PipelinePolicy, Surroundings
 from swarmcpp.route.passes import Curve, micro_batches
-from swarmcpp.stages import Pass, Passed, StageRef, StageTime
 
 BLOCK = 64
 FINGERPRINT = bytes(range(32))

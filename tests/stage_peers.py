@@ -13,12 +13,12 @@ from swarm_support import Peers, pong
 
 from swarmcpp.core import GenerateRequest, Limits
 from swarmcpp.errors import StageFailed, StageLost, SwarmError
-from swarmcpp.stages import Pass, Passed, StageCaller, StageRef
+from swarmcpp.pipeline.calls import StageBounds
+from swarmcpp.pipeline.contract import Pass, Passed, StageCaller, StageRef
+from swarmcpp.pipeline.service import StageService
 from swarmcpp.swarm.endpoint import Endpoint, Responder
 from swarmcpp.swarm.identity import new_node_keys, node_id
 from swarmcpp.swarm.peerlink import PeerLink
-from swarmcpp.swarm.stagecall import StageBounds
-from swarmcpp.swarming.stages import StageService
 from swarmcpp.testing import FakeClock
 from swarmcpp.wire.codec import RowEncoding
 from swarmcpp.wire.peers import Ask, AskStage, PassPart, RunStage

@@ -9,8 +9,8 @@ from dataclasses import replace
 from swarmcpp.core import Clock
 from swarmcpp.errors import NotReady, StageFailed, StageLost
 from swarmcpp.peers import NodeId
+from swarmcpp.pipeline.contract import StageRef
 from swarmcpp.pipeline.runs import Ask, Chain, ModelFacts, Run
-from swarmcpp.stages import StageRef
 from swarmcpp.telemetry import diag
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from swarmcpp.engine.loop import WORTH_A_MOVE
 from swarmcpp.engine.scheduler import Policy, Scheduler, SlotView
 from swarmcpp.errors import PeerTimeout, StageFailed, StageLost
 from swarmcpp.llama.rows import encode_rows
+from swarmcpp.pipeline.contract import Pass, Passed, StageRef
 from swarmcpp.pipeline.plan import expected_s, limit_s, regroup
 from swarmcpp.pipeline.runs import Broken, Chain, ModelFacts, PipelinePolicy, Run, Surroundings
-from swarmcpp.stages import Pass, Passed, StageRef
 from swarmcpp.telemetry import diag
 from swarmcpp.wire.codec import RowEncoding
 from swarmcpp.wire.peers import PassPart

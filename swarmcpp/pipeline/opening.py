@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from swarmcpp.core import GenerateRequest
 from swarmcpp.errors import NotReady, QueueFull, StageFailed, SwarmError
+from swarmcpp.pipeline.contract import StageCaller, StageRef
 from swarmcpp.pipeline.runs import Chain
-from swarmcpp.stages import StageCaller, StageRef
 
 logger = logging.getLogger(__name__)
 

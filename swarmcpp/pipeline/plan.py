@@ -14,7 +14,7 @@ SLACK = 8.0
 """Times what is expected that a pass may take: other heads use the same stages."""
 
 STAGE_PATIENCE = 1 / 6
-"""How much longer a head waits for each stage: each hop has a limit of its own, of the same rule (swarm/stagecall.py)
+"""How much longer a head waits for each stage: each hop has a limit of its own, of the same rule (pipeline/calls.py)
 and so shorter, and names the node that is silent, which the head cannot know."""
 
 

@@ -11,8 +11,8 @@ from swarmcpp.engine.scheduler import TILE_ROWS, SlotView
 from swarmcpp.errors import StageFailed
 from swarmcpp.llama.rows import FloatRows
 from swarmcpp.peers import NodeId
+from swarmcpp.pipeline.contract import StageCaller, StageRef
 from swarmcpp.route.passes import Curve
-from swarmcpp.stages import StageCaller, StageRef
 from swarmcpp.wire.codec import RowEncoding
 
 Chain = tuple[StageRef, ...]

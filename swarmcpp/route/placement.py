@@ -21,7 +21,7 @@ from itertools import pairwise
 from typing import Final
 
 from swarmcpp.peers import NodeId
-from swarmcpp.route.pipelines import (
+from swarmcpp.route.costs import (
     FEW_PERMUTED,
     MOST_PERMUTED,
     Costs,
@@ -71,7 +71,7 @@ Group = tuple[Machine, ...]
 @dataclass(frozen=True, slots=True)
 class Expected:
     """Tokens/s of one stream on the fastest pipeline and of all pipelines with all slots in use, and the least TTFT in
-    seconds for a prompt of 512 tokens; zeros and infinity where the model cannot run. Formulas: route/pipelines.py."""
+    seconds for a prompt of 512 tokens; zeros and infinity where the model cannot run. Formulas: route/costs.py."""
 
     one_tps: float
     all_tps: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from swarmcpp.route.pipelines import PROMPT_TOKENS, Pipeline, PlacedStage, Placement
+from swarmcpp.route.costs import PROMPT_TOKENS, Pipeline, PlacedStage, Placement
 
 NEAR: Final = 0.01
 """Relative difference of rates that is called none."""

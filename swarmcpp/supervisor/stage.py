@@ -46,7 +46,7 @@ class StageSupervisor(EngineProcess):
     """Keeps the engine of one stage alive, and the books of its sequences. Every method runs on the event loop of
     `start`.
 
-    Answers as `stages.StageCaller` does, for this stage alone. A sequence is used thus: `open`, then `resume` (also
+    Answers as `contract.StageCaller` does, for this stage alone. A sequence is used thus: `open`, then `resume` (also
     with 0 tokens, also when it was open before), then any number of `run` and `store`, then `close_sequence`. When the
     engine dies all sequences are forgotten, and what waits fails with StageLost (EngineFailed, once it is given up).
     """
@@ -86,7 +86,7 @@ class StageSupervisor(EngineProcess):
     async def open(
         self, sequence: bytes, epoch: int, keys: Sequence[bytes], request: GenerateRequest | None, n_tokens: int
     ) -> int:
-        """See `stages.StageCaller`. Raises QueueFull, NotReady, EngineFailed, StageLost (a later epoch is open), and
+        """See `contract.StageCaller`. Raises QueueFull, NotReady, EngineFailed, StageLost (a later epoch is open), and
         WireError for more than a sequence holds. A `request` must have been checked (see `swarm.remote`)."""
         self._engine()
         self._check_open(sequence, keys, n_tokens)
@@ -111,7 +111,7 @@ class StageSupervisor(EngineProcess):
         return opened.offered
 
     async def resume(self, sequence: bytes, epoch: int, n_tokens: int) -> int:
-        """See `stages.StageCaller`; at most what `open` answered. Raises StageLost, QueueFull, EngineFailed,
+        """See `contract.StageCaller`; at most what `open` answered. Raises StageLost, QueueFull, EngineFailed,
         WireError."""
         opened = self._find(sequence, epoch)
         if not 0 <= n_tokens <= opened.offered:
@@ -185,7 +185,7 @@ class StageSupervisor(EngineProcess):
         return await future
 
     async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:
-        """See `stages.StageCaller`. Returns when the blocks are there. Raises StageLost, QueueFull, EngineFailed,
+        """See `contract.StageCaller`. Returns when the blocks are there. Raises StageLost, QueueFull, EngineFailed,
         WireError."""
         opened = self._find(sequence, epoch)
         self._check_keys(keys)

@@ -19,14 +19,14 @@ from swarmcpp.errors import SwarmError
 from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.llama import kvwire
 from swarmcpp.peers import NodeId
+from swarmcpp.pipeline.calls import hop
+from swarmcpp.pipeline.chains import OwnStage, Pipelines
+from swarmcpp.pipeline.contract import StageRef
 from swarmcpp.route.passes import pass_s
-from swarmcpp.stages import StageRef
 from swarmcpp.swarm.fetch import PrefixQuery, fetch_prefix
 from swarmcpp.swarm.fetchcontext import FetchContext, Trust
 from swarmcpp.swarm.serving import BlockServer, Governor
-from swarmcpp.swarm.stagecall import hop
 from swarmcpp.swarming.blocks import tell_on_loop
-from swarmcpp.swarming.pipelines import OwnStage, Pipelines
 from swarmcpp.telemetry import diag
 from swarmcpp.wire.peers import Blocks, Caller, FetchBlocks, OfferBlocks
 

@@ -14,8 +14,8 @@ from swarmcpp.errors import BadRequest
 from swarmcpp.models.capacity import embedding_bytes, head_bytes, kv_bytes_per_token, layer_bytes, stage_memory
 from swarmcpp.models.inspect import ModelFile
 from swarmcpp.peers import Capability, NodeId
+from swarmcpp.route.costs import UNKNOWN_RTT_S, Machine, ModelShape, stage_bytes
 from swarmcpp.route.passes import pass_s, sound_curve
-from swarmcpp.route.pipelines import UNKNOWN_RTT_S, Machine, ModelShape, stage_bytes
 from swarmcpp.route.placement import Placement, expected, place
 from swarmcpp.route.placement_words import explain, size
 from swarmcpp.route.replicas import SLOW_PASS_S

@@ -20,7 +20,9 @@ from swarmcpp.hardware import read_hardware
 from swarmcpp.models.manifest import Manifest
 from swarmcpp.models.modelfiles import SparseModel
 from swarmcpp.peers import Address, Capability, Load, NodeId, StageOffer
-from swarmcpp.stages import StageRef
+from swarmcpp.pipeline.chains import Pipelines
+from swarmcpp.pipeline.contract import StageRef
+from swarmcpp.pipeline.service import StageService
 from swarmcpp.status import EventRow, SwarmStatus
 from swarmcpp.supervisor.runner import LOCAL
 from swarmcpp.swarm.discovery import Discovery, lan_addresses
@@ -35,9 +37,7 @@ from swarmcpp.swarm.trust import TrustBook
 from swarmcpp.swarming.blocks import SharedBlocks
 from swarmcpp.swarming.copies import StageCopies
 from swarmcpp.swarming.models import Served, SwarmModels
-from swarmcpp.swarming.pipelines import Pipelines
 from swarmcpp.swarming.requests import Requests
-from swarmcpp.swarming.stages import StageService
 from swarmcpp.swarming.view import chain_text, node_row, request_rows
 from swarmcpp.wire.peers import (
     AskStage,

@@ -8,7 +8,7 @@ from typing import Final
 
 from swarmcpp.core import GenerateRequest
 from swarmcpp.peers import Capability, ModelOffer, NodeId, StageOffer
-from swarmcpp.stages import StageRef
+from swarmcpp.pipeline.contract import StageRef
 from swarmcpp.status import NodeRow, RequestRow
 from swarmcpp.swarm.membership import PeerView
 from swarmcpp.swarm.mesh import Mesh

@@ -111,7 +111,7 @@ class Hop(msgspec.Struct, frozen=True, array_like=True):
 
 
 class OpenSequence(msgspec.Struct, frozen=True, tag="open-sequence"):
-    """See `stages.StageCaller.open`; `stage` is the one that is asked. Answered by SequenceReady."""
+    """See `contract.StageCaller.open`; `stage` is the one that is asked. Answered by SequenceReady."""
 
     fingerprint: Digest
     stage: Hop
@@ -123,7 +123,7 @@ class OpenSequence(msgspec.Struct, frozen=True, tag="open-sequence"):
 
 
 class ResumeSequence(msgspec.Struct, frozen=True, tag="resume-sequence"):
-    """See `stages.StageCaller.resume`. Answered by SequenceReady."""
+    """See `contract.StageCaller.resume`. Answered by SequenceReady."""
 
     fingerprint: Digest
     stage: Hop
@@ -150,7 +150,7 @@ class PassPart(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RunStage(msgspec.Struct, frozen=True, tag="run-stage"):
-    """See `stages.Pass`. Frames beside it: the encoded rows, cut anywhere. Answered by PassReply once the whole chain
+    """See `contract.Pass`. Frames beside it: the encoded rows, cut anywhere. Answered by PassReply once the whole chain
     has computed it; the replies of one head come in the order of its passes."""
 
     fingerprint: Digest
@@ -162,7 +162,7 @@ class RunStage(msgspec.Struct, frozen=True, tag="run-stage"):
 
 
 class StoreSequence(msgspec.Struct, frozen=True, tag="store-sequence"):
-    """See `stages.StageCaller.store`. Answered by Pong."""
+    """See `contract.StageCaller.store`. Answered by Pong."""
 
     fingerprint: Digest
     stage: Hop
@@ -172,7 +172,7 @@ class StoreSequence(msgspec.Struct, frozen=True, tag="store-sequence"):
 
 
 class CloseSequence(msgspec.Struct, frozen=True, tag="close-sequence"):
-    """See `stages.StageCaller.close`. Answered by Pong."""
+    """See `contract.StageCaller.close`. Answered by Pong."""
 
     fingerprint: Digest
     stage: Hop
@@ -237,13 +237,13 @@ class ChunkReply(msgspec.Struct, frozen=True, tag="chunk"):
 
 
 class SequenceReady(msgspec.Struct, frozen=True, tag="sequence"):
-    """The answer to OpenSequence and ResumeSequence: tokens, as `stages.StageCaller` says."""
+    """The answer to OpenSequence and ResumeSequence: tokens, as `contract.StageCaller` says."""
 
     n_tokens: int
 
 
 class PassReply(msgspec.Struct, frozen=True, tag="passed"):
-    """See `stages.Passed`; `times` are (compute_s, queue_s) of each stage from the one asked. With a `code`, the pass
+    """See `contract.Passed`; `times` are (compute_s, queue_s) of each stage from the one asked. With a `code`, the pass
     failed at `node` for this reason."""
 
     ids: Annotated[tuple[int, ...], Meta(max_length=MAX_PARTS)] = ()

@@ -10,9 +10,9 @@ from pipeline_support import GREEDY, Swarm, policy
 
 from swarmcpp.core import GenerateRequest
 from swarmcpp.pipeline.conductor import Conductor
+from swarmcpp.pipeline.head import StageRunner
 from swarmcpp.supervisor.process import EngineStatus
 from swarmcpp.supervisor.runner import LOCAL
-from swarmcpp.swarming.head import StageRunner
 
 
 async def test_the_chain_of_a_request_is_told_to_its_end(swarm_of: Callable[..., Swarm]) -> None:

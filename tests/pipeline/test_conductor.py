@@ -18,9 +18,9 @@ from swarmcpp.core import GenerateRequest, SamplingParams, TokenPart
 from swarmcpp.errors import Cancelled, NotReady, PeerLost, PromptTooLong, QueueFull, StageFailed
 from swarmcpp.pipeline import lanes
 from swarmcpp.pipeline.conductor import MAX_FAILURES, Conductor
+from swarmcpp.pipeline.contract import Pass, Passed, StageRef
 from swarmcpp.pipeline.finding import PATIENCE_S
 from swarmcpp.pipeline.runs import Ask, Chain, PipelinePolicy
-from swarmcpp.stages import Pass, Passed, StageRef
 from swarmcpp.testing import FakeClock
 
 SwarmMaker = Callable[..., Swarm]

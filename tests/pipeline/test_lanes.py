@@ -11,9 +11,9 @@ import pytest
 
 from swarmcpp.core import GenerateRequest, SamplingParams, TokenPart
 from swarmcpp.errors import StageFailed
+from swarmcpp.pipeline.contract import Pass, Passed, StageRef, StageTime
 from swarmcpp.pipeline.lanes import Lane
 from swarmcpp.pipeline.runs import Broken, Chain, ModelFacts, PipelinePolicy, Run, Surroundings
-from swarmcpp.stages import Pass, Passed, StageRef, StageTime
 from swarmcpp.testing import FakeClock
 from swarmcpp.wire.codec import RowEncoding
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swarmcpp.pipeline.calls import HOP_PATIENCE, LEAST_S, HopTimes
+from swarmcpp.pipeline.contract import StageRef
 from swarmcpp.pipeline.plan import LEAST_LIMIT_S, UNKNOWN_LIMIT_S, cut, expected_s, limit_s, regroup
-from swarmcpp.stages import StageRef
-from swarmcpp.swarm.stagecall import HOP_PATIENCE, LEAST_S, HopTimes
 
 SLOTS = st.sets(st.integers(0, 63), max_size=40).map(sorted)
 

@@ -16,7 +16,7 @@ from swarmcpp.core import EngineStats
 from swarmcpp.errors import EngineFailed, WireError
 from swarmcpp.supervisor.nodelink import NodeLink
 from swarmcpp.supervisor.workerlink import WorkerLink
-from swarmcpp.swarm import framing as module
+from swarmcpp.supervisor import framing as module
 from swarmcpp.swarm import link, workerlink
 from swarmcpp.wire.engine import MAX_FRAME, MAX_TENSOR, Cancel, Fault, LoadProgress, StepOut, Stop, TokenOut, encode
 

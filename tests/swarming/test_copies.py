@@ -19,7 +19,7 @@ from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.kv.keys import KvIdentity, block_keys
 from swarmcpp.llama import kvwire
 from swarmcpp.peers import StageOffer
-from swarmcpp.stages import StageRef
+from swarmcpp.pipeline.contract import StageRef
 from swarmcpp.swarm.fetchcontext import FetchContext, FetchSettings
 from swarmcpp.swarm.links import LinkBook
 from swarmcpp.swarming.copies import MAX_WAITING, StageCopies

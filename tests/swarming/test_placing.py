@@ -13,10 +13,10 @@ from swarmcpp.errors import BadRequest
 from swarmcpp.models.inspect import inspect
 from swarmcpp.models.synthetic import Shape, write_model
 from swarmcpp.peers import Capability, Load, ModelOffer, ObservedLatency, StageOffer
+from swarmcpp.pipeline.chains import missing_text
+from swarmcpp.pipeline.contract import StageRef
 from swarmcpp.route.parallax import Stage
 from swarmcpp.route.placement import stage_bytes
-from swarmcpp.stages import StageRef
-from swarmcpp.swarming.pipelines import missing_text
 from swarmcpp.swarming.placing import MAX_ADDED, PlannedModel, memory_text, plan
 from swarmcpp.swarming.view import MAX_CHAIN, chain_text
 

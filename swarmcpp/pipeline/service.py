@@ -22,10 +22,10 @@ from swarmcpp.errors import (
     WireError,
 )
 from swarmcpp.peers import NodeId
-from swarmcpp.stages import Pass, PassDone, Passed, StageCaller, StageRef, StageTime
-from swarmcpp.swarm import stagecall
+from swarmcpp.pipeline import calls
+from swarmcpp.pipeline.calls import HopTimes, StageBounds, StageHost
+from swarmcpp.pipeline.contract import Pass, PassDone, Passed, StageCaller, StageRef, StageTime
 from swarmcpp.swarm.endpoint import Responder
-from swarmcpp.swarm.stagecall import HopTimes, StageBounds, StageHost
 from swarmcpp.wire.peers import (
     AskStage,
     Caller,
@@ -51,7 +51,7 @@ WATCH_S: Final = 0.25
 """Between looks at whether a node that is asked still gives news of itself."""
 
 _DOCUMENTED = (StageLost, QueueFull, PeerLost, PeerTimeout, NotReady, EngineFailed, WireError)
-"""What `stages.StageCaller` raises."""
+"""What `contract.StageCaller` raises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +88,11 @@ class StageService:
 
     def host(self, ref: StageRef, host: StageHost, bounds: StageBounds) -> None:
         """Answer for a stage of this node from now on, which takes the place of one of the same layers."""
-        self._hosted[ref.fingerprint, stagecall.hop(ref)] = _Hosted(ref, host, bounds)
+        self._hosted[ref.fingerprint, calls.hop(ref)] = _Hosted(ref, host, bounds)
 
     def drop(self, ref: StageRef) -> None:
         """Answer no more for a stage; unknown ones are ignored."""
-        self._hosted.pop((ref.fingerprint, stagecall.hop(ref)), None)
+        self._hosted.pop((ref.fingerprint, calls.hop(ref)), None)
 
     def caller(self, ref: StageRef) -> StageCaller:
         """A stage as its head drives it. Whether it is there shows when it is asked."""
@@ -104,7 +104,7 @@ class StageService:
         """A stage of this node. Raises StageLost."""
         hosted = self._hosted.get((fingerprint, hop))
         if hosted is None:
-            raise StageLost(f"{stagecall.name(hop)} is not there, or not any more; take another route")
+            raise StageLost(f"{calls.name(hop)} is not there, or not any more; take another route")
         return hosted
 
     async def answer(self, message: AskStage, respond: Responder) -> None:
@@ -127,7 +127,7 @@ class StageService:
 
         try:
             hosted = self._find(message.fingerprint, message.stage)
-            work = stagecall.checked_pass(message, payload, hosted.ref, hosted.bounds)
+            work = calls.checked_pass(message, payload, hosted.ref, hosted.bounds)
             LocalStage(hosted.ref, self._find, self.caller).begin(work, done)
         except SwarmError as error:
             done(StageFailed(str(error), node=self._node, reason=error.code))
@@ -145,13 +145,13 @@ class StageService:
         host, sequence = hosted.host, message.sequence
         match message:
             case OpenSequence(epoch=epoch, keys=keys, n_tokens=n_tokens):
-                request = stagecall.checked_open(message, hosted.ref, hosted.bounds)
+                request = calls.checked_open(message, hosted.ref, hosted.bounds)
                 return SequenceReady(await host.open(sequence, epoch, keys, request, n_tokens))
             case ResumeSequence(epoch=epoch, n_tokens=n_tokens):
-                stagecall.check_call(message, hosted.bounds)
+                calls.check_call(message, hosted.bounds)
                 return SequenceReady(await host.resume(sequence, epoch, n_tokens))
             case StoreSequence(epoch=epoch, keys=keys):
-                stagecall.check_call(message, hosted.bounds)
+                calls.check_call(message, hosted.bounds)
                 await host.store(sequence, epoch, keys)
             case CloseSequence():
                 await host.close_sequence(sequence)
@@ -176,7 +176,7 @@ def _with_own(own: StageTime, rest: Passed | StageFailed) -> Passed | StageFaile
 
 
 class LocalStage:
-    """A stage of this node, which sends on what it computed. Satisfies `stages.StageCaller`."""
+    """A stage of this node, which sends on what it computed. Satisfies `contract.StageCaller`."""
 
     def __init__(
         self, ref: StageRef, find: Callable[[bytes, Hop], _Hosted], caller: Callable[[StageRef], StageCaller]
@@ -186,21 +186,21 @@ class LocalStage:
         self._caller = caller
 
     def _hosted(self) -> _Hosted:
-        return self._find(self._ref.fingerprint, stagecall.hop(self._ref))
+        return self._find(self._ref.fingerprint, calls.hop(self._ref))
 
     async def open(
         self, sequence: bytes, epoch: int, keys: Sequence[bytes], request: GenerateRequest | None, n_tokens: int
     ) -> int:
-        """See `stages.StageCaller`."""
+        """See `contract.StageCaller`."""
         return await self._hosted().host.open(sequence, epoch, keys, request, n_tokens)
 
     async def resume(self, sequence: bytes, epoch: int, n_tokens: int) -> int:
-        """See `stages.StageCaller`."""
+        """See `contract.StageCaller`."""
         return await self._hosted().host.resume(sequence, epoch, n_tokens)
 
     def begin(self, work: Pass, done: PassDone, computed: Callable[[], None] = lambda: None) -> None:
-        """See `stages.StageCaller`. What came out goes to the next stage in the order of the passes, since they end in
-        that order here."""
+        """See `contract.StageCaller`. What came out goes to the next stage in the order of the passes, since they end
+        in that order here."""
 
         def ended(result: tuple[tuple[int, ...], bytes | None, float, float] | SwarmError) -> None:
             if isinstance(result, SwarmError):
@@ -211,7 +211,7 @@ class LocalStage:
             if not work.onward:
                 done(Passed(ids, (own,)))
             elif rows is None:
-                done(_failed(self._ref, EngineFailed(f"{stagecall.name(self._ref)} gave no rows to send on")))
+                done(_failed(self._ref, EngineFailed(f"{calls.name(self._ref)} gave no rows to send on")))
             else:
                 following, *rest = work.onward
                 then = Pass(work.parts, work.wire, rows, tuple(rest), work.wire)
@@ -224,16 +224,16 @@ class LocalStage:
             _soon(done, _failed(self._ref, error))
 
     async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:
-        """See `stages.StageCaller`."""
+        """See `contract.StageCaller`."""
         await self._hosted().host.store(sequence, epoch, keys)
 
     async def close(self, sequence: bytes) -> None:
-        """See `stages.StageCaller`."""
+        """See `contract.StageCaller`."""
         await self._hosted().host.close_sequence(sequence)
 
 
 class RemoteStage:
-    """A stage of a peer, over the link to it. Satisfies `stages.StageCaller`."""
+    """A stage of a peer, over the link to it. Satisfies `contract.StageCaller`."""
 
     def __init__(
         self,
@@ -252,26 +252,26 @@ class RemoteStage:
     async def open(
         self, sequence: bytes, epoch: int, keys: Sequence[bytes], request: GenerateRequest | None, n_tokens: int
     ) -> int:
-        """See `stages.StageCaller`."""
+        """See `contract.StageCaller`."""
         ref = self._ref
-        asked = OpenSequence(ref.fingerprint, stagecall.hop(ref), sequence, epoch, tuple(keys), n_tokens, request)
-        return stagecall.ready_tokens(await self._ask(asked), ref, n_tokens - 1)
+        asked = OpenSequence(ref.fingerprint, calls.hop(ref), sequence, epoch, tuple(keys), n_tokens, request)
+        return calls.ready_tokens(await self._ask(asked), ref, n_tokens - 1)
 
     async def resume(self, sequence: bytes, epoch: int, n_tokens: int) -> int:
-        """See `stages.StageCaller`."""
+        """See `contract.StageCaller`."""
         ref = self._ref
-        asked = ResumeSequence(ref.fingerprint, stagecall.hop(ref), sequence, epoch, n_tokens)
-        return stagecall.ready_tokens(await self._ask(asked), ref, n_tokens)
+        asked = ResumeSequence(ref.fingerprint, calls.hop(ref), sequence, epoch, n_tokens)
+        return calls.ready_tokens(await self._ask(asked), ref, n_tokens)
 
     def begin(self, work: Pass, done: PassDone, computed: Callable[[], None] = lambda: None) -> None:
-        """See `stages.StageCaller`."""
+        """See `contract.StageCaller`."""
         ref, chain, begun, times = self._ref, (self._ref, *work.onward), self._clock(), self._times
 
         def answered(reply: Reply | SwarmError, _payload: list[memoryview]) -> None:
             try:
                 if isinstance(reply, SwarmError):
                     raise _failed(ref, reply)
-                passed = stagecall.passed(reply, ref, work)
+                passed = calls.passed(reply, ref, work)
             except StageFailed as error:
                 times.forget(chain)
                 done(error)
@@ -281,9 +281,7 @@ class RemoteStage:
 
         limit_s = times.limit_s(chain, work.n_rows)
         try:
-            self._link().begin(
-                stagecall.run_message(ref, work), stagecall.frames(work.rows), answered, timeout_s=limit_s
-            )
+            self._link().begin(calls.run_message(ref, work), calls.frames(work.rows), answered, timeout_s=limit_s)
         except SwarmError as error:
             times.forget(chain)
             _soon(done, _failed(ref, error))
@@ -291,18 +289,18 @@ class RemoteStage:
             asyncio.get_running_loop().call_soon(computed)
 
     async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:
-        """See `stages.StageCaller`."""
+        """See `contract.StageCaller`."""
         ref = self._ref
-        await self._tell(StoreSequence(ref.fingerprint, stagecall.hop(ref), sequence, epoch, tuple(keys)))
+        await self._tell(StoreSequence(ref.fingerprint, calls.hop(ref), sequence, epoch, tuple(keys)))
 
     async def close(self, sequence: bytes) -> None:
-        """See `stages.StageCaller`."""
-        await self._tell(CloseSequence(self._ref.fingerprint, stagecall.hop(self._ref), sequence))
+        """See `contract.StageCaller`."""
+        await self._tell(CloseSequence(self._ref.fingerprint, calls.hop(self._ref), sequence))
 
     async def _tell(self, message: StoreSequence | CloseSequence) -> None:
         reply = await self._ask(message)
         if not isinstance(reply, Pong):
-            raise WireError(f"{stagecall.name(self._ref)} answers with a {type(reply).__name__}; it was only told")
+            raise WireError(f"{calls.name(self._ref)} answers with a {type(reply).__name__}; it was only told")
 
     async def _ask(self, message: OpenSequence | ResumeSequence | StoreSequence | CloseSequence) -> Reply:
         asking = asyncio.ensure_future(self._link().ask(message, timeout_s=CALL_TIMEOUT_S))
@@ -310,13 +308,13 @@ class RemoteStage:
             # A stage may be busy for long, but a node that has frozen says nothing of itself either.
             while not (await asyncio.wait((asking,), timeout=WATCH_S))[0]:
                 if not self._alive(self._ref.node):
-                    raise PeerTimeout(f"{stagecall.name(self._ref)} does not answer, and its node gives no news")
+                    raise PeerTimeout(f"{calls.name(self._ref)} does not answer, and its node gives no news")
             reply, _ = asking.result()
         except _DOCUMENTED:
             raise
         except SwarmError as error:
             # What an honest node asks is not refused as a client's mistake.
-            raise WireError(f"{stagecall.name(self._ref)} refuses: {error}") from error
+            raise WireError(f"{calls.name(self._ref)} refuses: {error}") from error
         finally:
             asking.cancel()
         return reply
@@ -324,5 +322,5 @@ class RemoteStage:
     def _link(self) -> Caller:
         caller = self._callers(self._ref.node)
         if caller is None:
-            raise PeerLost(f"there is no link to {stagecall.name(self._ref)}")
+            raise PeerLost(f"there is no link to {calls.name(self._ref)}")
         return caller

@@ -10,16 +10,16 @@ from typing import Final
 
 from swarmcpp.errors import NotReady
 from swarmcpp.peers import NodeId, StageOffer
+from swarmcpp.pipeline.calls import StageBounds
+from swarmcpp.pipeline.contract import StageCaller, StageRef
 from swarmcpp.pipeline.runs import Ask, Chain
+from swarmcpp.pipeline.service import StageService
 from swarmcpp.route.parallax import DEFAULT_LINK, Link, Stage, Work, chain_exists, find_route, known_links
 from swarmcpp.route.parallax import missing_layers as gaps
 from swarmcpp.route.passes import Curve, PassTimes, pass_s, sound_curve
-from swarmcpp.stages import StageCaller, StageRef
 from swarmcpp.supervisor.stage import StageSupervisor
 from swarmcpp.swarm.membership import Status
 from swarmcpp.swarm.mesh import Mesh
-from swarmcpp.swarm.stagecall import StageBounds
-from swarmcpp.swarming.stages import StageService
 from swarmcpp.wire.codec import RowEncoding
 
 EXPECTED_TOKENS: Final = 256

@@ -39,14 +39,14 @@ from swarmcpp.errors import (
     WireError,
 )
 from swarmcpp.peers import Address, Capability
-from swarmcpp.stages import Pass, Passed, StageCaller, StageRef, StageTime
-from swarmcpp.swarm import stagecall
+from swarmcpp.pipeline import calls
+from swarmcpp.pipeline.calls import StageBounds
+from swarmcpp.pipeline.contract import Pass, Passed, StageCaller, StageRef, StageTime
+from swarmcpp.pipeline.service import StageService
 from swarmcpp.swarm.endpoint import Responder
 from swarmcpp.swarm.identity import SwarmKey, new_node_keys, node_id
 from swarmcpp.swarm.mesh import Mesh
-from swarmcpp.swarm.stagecall import StageBounds
 from swarmcpp.swarm.store import Identity
-from swarmcpp.swarming.stages import StageService
 from swarmcpp.testing import FakeClock
 from swarmcpp.wire.peers import (
     Ask,
@@ -216,7 +216,7 @@ async def test_a_node_that_ends_in_the_middle_of_a_pass_is_named(chain: Chain, d
 async def test_a_node_that_hangs_is_named_by_the_one_before_it(
     chain: Chain, hung: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stagecall, "UNKNOWN_S", 0.6)
+    monkeypatch.setattr(calls, "UNKNOWN_S", 0.6)
     await chain.open(SEQUENCE)
     chain.stages[hung].gate.clear()
     assert await failure(chain.first, chain.work((part(3),), rows_of(3))) == (chain.nodes[hung].id, "peer_timeout")
@@ -314,7 +314,7 @@ async def test_errors_of_a_peer_arrive_as_what_they_are(chain: Chain) -> None:
 
 
 def ask_of(ref: StageRef, *parts: PassPart, onward: tuple[Hop, ...] = ()) -> RunStage:
-    return RunStage(FINGERPRINT, stagecall.hop(ref), parts or (PassPart(SEQUENCE, 1, 0, 3, True),), "f32", onward)
+    return RunStage(FINGERPRINT, calls.hop(ref), parts or (PassPart(SEQUENCE, 1, 0, 3, True),), "f32", onward)
 
 
 WHOLE = (Hop("1" * 16, 4, 6), Hop("2" * 16, 6, N_LAYERS))
@@ -371,7 +371,7 @@ async def test_passes_that_make_no_sense_do_not_reach_a_stage(chain: Chain, name
 
 
 def bad_calls(ref: StageRef) -> list[AskStage]:
-    hop = stagecall.hop(ref)
+    hop = calls.hop(ref)
 
     def opened(epoch: int = 1, n_tokens: int = 3, request: GenerateRequest | None = REQUEST) -> OpenSequence:
         return OpenSequence(FINGERPRINT, hop, SEQUENCE, epoch, (), n_tokens, request)

@@ -9,7 +9,7 @@ from typing import Final, Protocol
 
 from swarmcpp.core import GenerateRequest, Limits
 from swarmcpp.errors import StageFailed, SwarmError, WireError, by_code
-from swarmcpp.stages import Pass, Passed, StageRef, StageTime
+from swarmcpp.pipeline.contract import Pass, Passed, StageRef, StageTime
 from swarmcpp.telemetry import printable
 from swarmcpp.wire.checks import check_request
 from swarmcpp.wire.codec import RowEncoding
@@ -47,16 +47,16 @@ MAX_EPOCH: Final = 2**31 - 1
 
 
 class StageHost(Protocol):
-    """One stage on this node. What `stages.StageCaller` says holds for it too, but that passes end at this stage."""
+    """One stage on this node. What `contract.StageCaller` says holds for it too, but that passes end at this stage."""
 
     async def open(
         self, sequence: bytes, epoch: int, keys: Sequence[bytes], request: GenerateRequest | None, n_tokens: int
     ) -> int:
-        """See `stages.StageCaller.open`."""
+        """See `contract.StageCaller.open`."""
         ...
 
     async def resume(self, sequence: bytes, epoch: int, n_tokens: int) -> int:
-        """See `stages.StageCaller.resume`."""
+        """See `contract.StageCaller.resume`."""
         ...
 
     def begin(
@@ -75,11 +75,11 @@ class StageHost(Protocol):
         ...
 
     async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:
-        """See `stages.StageCaller.store`."""
+        """See `contract.StageCaller.store`."""
         ...
 
     async def close_sequence(self, sequence: bytes) -> None:
-        """See `stages.StageCaller.close`."""
+        """See `contract.StageCaller.close`."""
         ...
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from swarmcpp.core import Limits
 from swarmcpp.errors import WireError
-from swarmcpp.stages import Pass, StageRef
-from swarmcpp.swarm import stagecall
-from swarmcpp.swarm.stagecall import LEAST_S, MAX_TIMES, UNKNOWN_S, HopTimes, StageBounds
+from swarmcpp.pipeline import calls
+from swarmcpp.pipeline.calls import LEAST_S, MAX_TIMES, UNKNOWN_S, HopTimes, StageBounds
+from swarmcpp.pipeline.contract import Pass, StageRef
 from swarmcpp.wire.peers import MAX_FRAMES, MAX_MESSAGE, Hop, PassPart, RunStage, decode, encode
 
 NODES = ("1" * 16, "2" * 16, "3" * 16)
@@ -48,13 +48,13 @@ def good_parts(counts: list[int]) -> tuple[PassPart, ...]:
 def test_a_pass_that_is_taken_is_within_all_bounds(
     parts: tuple[PassPart, ...], onward: tuple[Hop, ...], encoding: Any, wrong: int, pieces: int
 ) -> None:
-    message = RunStage(REF.fingerprint, stagecall.hop(REF), parts, encoding, onward)
-    size = max(0, min(512, sum(part.count for part in parts)) * stagecall.row_bytes(32, encoding) + wrong)
+    message = RunStage(REF.fingerprint, calls.hop(REF), parts, encoding, onward)
+    size = max(0, min(512, sum(part.count for part in parts)) * calls.row_bytes(32, encoding) + wrong)
     rows = memoryview(bytes(n % 251 for n in range(size)))
     step = -(-size // pieces) or 1
     payload = [rows[start : start + step] for start in range(0, size, step)]
     try:
-        work = stagecall.checked_pass(message, payload, REF, BOUNDS)
+        work = calls.checked_pass(message, payload, REF, BOUNDS)
     except WireError:
         return
     assert wrong == 0
@@ -72,18 +72,18 @@ def test_a_pass_survives_the_way_to_a_peer(counts: list[int], cuts: list[int]) -
     onward = tuple(StageRef(each.node, REF.fingerprint, each.first, each.last, 9) for each in chain_from(cuts))
     parts = tuple(PassPart(n.to_bytes(16), n, n, count, n % 2 == 0) for n, count in enumerate(counts))
     work = Pass(parts, "q8_0", bytes(34 * sum(counts)), onward, "f32")
-    message = decode(encode(stagecall.run_message(REF, work)))
+    message = decode(encode(calls.run_message(REF, work)))
     assert isinstance(message, RunStage)
-    assert stagecall.checked_pass(message, stagecall.frames(work.rows), REF, BOUNDS) == work
+    assert calls.checked_pass(message, calls.frames(work.rows), REF, BOUNDS) == work
 
 
 def test_rows_are_cut_into_frames_that_a_peer_takes() -> None:
     rows = bytes(512 * 8192 * 4)
-    pieces = stagecall.frames(rows)
+    pieces = calls.frames(rows)
     assert [len(piece) for piece in pieces] == [MAX_MESSAGE] * 4
     assert len(pieces) <= MAX_FRAMES
     assert b"".join(pieces) == rows
-    assert stagecall.frames(b"") == []
+    assert calls.frames(b"") == []
 
 
 @given(st.booleans(), st.lists(st.floats(0.001, 100), min_size=2, max_size=4))
