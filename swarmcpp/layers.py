@@ -20,9 +20,9 @@ from swarmcpp.pipeline.conductor import Conductor
 from swarmcpp.pipeline.head import StageRunner
 from swarmcpp.pipeline.runs import Ask, Chain, ModelFacts, PipelinePolicy, Surroundings
 from swarmcpp.route.passes import micro_batches
+from swarmcpp.sharing.offers import Served
 from swarmcpp.supervisor.process import EngineStatus
 from swarmcpp.swarm.identity import JoinToken
-from swarmcpp.swarming.models import Served
 from swarmcpp.swarming.placing import PlannedModel, memory_text
 from swarmcpp.swarming.swarm import Swarm
 

@@ -44,13 +44,13 @@ from swarmcpp.models.capacity import choose_capacity
 from swarmcpp.models.inspect import ModelFile, inspect
 from swarmcpp.models.manifest import manifest_of
 from swarmcpp.peers import ModelOffer
+from swarmcpp.sharing.offers import Served
 from swarmcpp.status import SwarmPlan, SwarmStatus
 from swarmcpp.supervisor.process import EngineStatus
 from swarmcpp.supervisor.replica import LocalReplica
 from swarmcpp.supervisor.runner import Runner
 from swarmcpp.supervisor.whole import EngineSupervisor
 from swarmcpp.swarm.identity import JoinToken
-from swarmcpp.swarming.models import Served
 from swarmcpp.swarming.placing import PlannedModel, plan
 from swarmcpp.swarming.swarm import Swarm
 from swarmcpp.wire.engine import EngineOptions

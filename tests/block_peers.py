@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from swarmcpp.errors import PeerLost, PeerTimeout, SnapshotError
-from swarmcpp.swarm.fetch import PrefixQuery
-from swarmcpp.swarm.fetchcontext import FetchContext, FetchSettings, Payload
+from swarmcpp.sharing.blockserver import BlockServer, Governor
+from swarmcpp.sharing.fetch import PrefixQuery
+from swarmcpp.sharing.fetchcontext import FetchContext, FetchSettings, Payload
 from swarmcpp.swarm.links import LinkBook
-from swarmcpp.swarm.serving import BlockServer, Governor
 from swarmcpp.wire.peers import Ask, Blocks, FetchBlocks, Ping, Pong, Reply, decode, encode
 
 ROOT = b"r" * 32

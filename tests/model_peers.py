@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from swarmcpp.errors import BadRequest, SwarmError
-from swarmcpp.swarm.modelserver import ModelServer
+from swarmcpp.sharing.modelserver import ModelServer
 from swarmcpp.wire.peers import Ask, GetChunk, GetManifest, Reply
 
 Fault = Callable[[GetChunk, bytes], "bytes | SwarmError | None"]

@@ -25,9 +25,9 @@ from swarmcpp.models.manifest import Manifest, manifest_of
 from swarmcpp.models.modelfiles import find_local
 from swarmcpp.models.slicestore import SliceFiles, SliceStore
 from swarmcpp.node import fits_whole, until_stopped
+from swarmcpp.sharing.modelfetch import fetch_model, get_manifest
+from swarmcpp.sharing.slicefetch import obtain_header, obtain_slice
 from swarmcpp.swarm.identity import JoinToken
-from swarmcpp.swarm.modelfetch import fetch_model, get_manifest
-from swarmcpp.swarm.slicefetch import obtain_header, obtain_slice
 from swarmcpp.swarm.store import SwarmState, SwarmStore
 from swarmcpp.swarming.swarm import Swarm
 

@@ -22,11 +22,11 @@ from swarmcpp.errors import (
 )
 from swarmcpp.peers import CacheHits, NodeId
 from swarmcpp.route.replicas import Choice, DelegationRates, Replica, choose
+from swarmcpp.sharing.blocks import SharedBlocks
+from swarmcpp.sharing.offers import SwarmModels
 from swarmcpp.supervisor.runner import Runner
 from swarmcpp.swarm.mesh import Mesh
 from swarmcpp.swarm.remote import remote_tokens
-from swarmcpp.swarming.blocks import SharedBlocks
-from swarmcpp.swarming.models import SwarmModels
 from swarmcpp.swarming.view import Running
 from swarmcpp.telemetry import diag
 

@@ -23,6 +23,10 @@ from swarmcpp.peers import Address, Capability, Load, NodeId, StageOffer
 from swarmcpp.pipeline.chains import Pipelines
 from swarmcpp.pipeline.contract import StageRef
 from swarmcpp.pipeline.service import StageService
+from swarmcpp.sharing.blocks import SharedBlocks
+from swarmcpp.sharing.copies import StageCopies
+from swarmcpp.sharing.modelserver import ModelServer
+from swarmcpp.sharing.offers import Served, SwarmModels
 from swarmcpp.status import EventRow, SwarmStatus
 from swarmcpp.supervisor.runner import LOCAL
 from swarmcpp.swarm.discovery import Discovery, lan_addresses
@@ -30,13 +34,9 @@ from swarmcpp.swarm.endpoint import Responder
 from swarmcpp.swarm.identity import MAX_TOKEN_ADDRESSES, JoinToken, SwarmKey
 from swarmcpp.swarm.membership import PeerView, Status
 from swarmcpp.swarm.mesh import Mesh
-from swarmcpp.swarm.modelserver import ModelServer
 from swarmcpp.swarm.remote import serve_generate
 from swarmcpp.swarm.store import Identity, SwarmStore
 from swarmcpp.swarm.trust import TrustBook
-from swarmcpp.swarming.blocks import SharedBlocks
-from swarmcpp.swarming.copies import StageCopies
-from swarmcpp.swarming.models import Served, SwarmModels
 from swarmcpp.swarming.requests import Requests
 from swarmcpp.swarming.view import chain_text, node_row, request_rows
 from swarmcpp.wire.peers import (

@@ -14,10 +14,10 @@ import pytest
 
 from swarmcpp.core import EngineStats
 from swarmcpp.errors import EngineFailed, WireError
+from swarmcpp.supervisor import framing as module
+from swarmcpp.supervisor import nodelink, workerlink
 from swarmcpp.supervisor.nodelink import NodeLink
 from swarmcpp.supervisor.workerlink import WorkerLink
-from swarmcpp.supervisor import framing as module
-from swarmcpp.swarm import link, workerlink
 from swarmcpp.wire.engine import MAX_FRAME, MAX_TENSOR, Cancel, Fault, LoadProgress, StepOut, Stop, TokenOut, encode
 
 DEADLINE_S = 10.0
@@ -242,7 +242,7 @@ async def test_sending_to_nobody_fails_at_once(node: Node) -> None:
 
 async def test_an_engine_that_stops_reading_is_noticed(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits is bounded: sends fail instead of filling the memory."""
-    monkeypatch.setattr(link, "MAX_UNSENT", 4 << 20)
+    monkeypatch.setattr(nodelink, "MAX_UNSENT", 4 << 20)
     with connected(node) as worker:
         await greet(node, worker)
         fault = Fault("x", "y" * 60_000)

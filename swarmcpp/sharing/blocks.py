@@ -16,17 +16,17 @@ from swarmcpp.errors import SwarmError
 from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.llama import kvwire
 from swarmcpp.peers import NodeId
+from swarmcpp.sharing.blockserver import BlockServer, Governor
+from swarmcpp.sharing.fetch import FetchResult, PrefixQuery, fetch_prefix
+from swarmcpp.sharing.fetchcontext import FetchContext, FetchSettings, Front
+from swarmcpp.sharing.offers import SwarmModels
+from swarmcpp.sharing.shipping import KvWire
 from swarmcpp.supervisor.replica import LocalReplica
 from swarmcpp.supervisor.runner import Fetched
 from swarmcpp.supervisor.whole import EngineSupervisor
-from swarmcpp.swarm.fetch import FetchResult, PrefixQuery, fetch_prefix
-from swarmcpp.swarm.fetchcontext import FetchContext, FetchSettings, Front
 from swarmcpp.swarm.identity import SwarmKey
 from swarmcpp.swarm.mesh import Mesh
-from swarmcpp.swarm.serving import BlockServer, Governor
-from swarmcpp.swarm.shipping import KvWire
 from swarmcpp.swarm.trust import TrustBook
-from swarmcpp.swarming.models import SwarmModels
 from swarmcpp.telemetry import diag
 
 logger = logging.getLogger(__name__)

@@ -23,10 +23,10 @@ from swarmcpp.pipeline.calls import hop
 from swarmcpp.pipeline.chains import OwnStage, Pipelines
 from swarmcpp.pipeline.contract import StageRef
 from swarmcpp.route.passes import pass_s
-from swarmcpp.swarm.fetch import PrefixQuery, fetch_prefix
-from swarmcpp.swarm.fetchcontext import FetchContext, Trust
-from swarmcpp.swarm.serving import BlockServer, Governor
-from swarmcpp.swarming.blocks import tell_on_loop
+from swarmcpp.sharing.blocks import tell_on_loop
+from swarmcpp.sharing.blockserver import BlockServer, Governor
+from swarmcpp.sharing.fetch import PrefixQuery, fetch_prefix
+from swarmcpp.sharing.fetchcontext import FetchContext, Trust
 from swarmcpp.telemetry import diag
 from swarmcpp.wire.peers import Blocks, Caller, FetchBlocks, OfferBlocks
 

@@ -11,8 +11,8 @@ import pytest
 from blake3 import blake3
 from block_peers import BLOCK_BYTES, NAN, Swarm, block_id, key, payload, query
 
-from swarmcpp.swarm.fetch import FetchResult, fetch_prefix
-from swarmcpp.swarm.fetchcontext import FetchSettings
+from swarmcpp.sharing.fetch import FetchResult, fetch_prefix
+from swarmcpp.sharing.fetchcontext import FetchSettings
 from swarmcpp.wire.peers import Blocks, FetchBlocks, Reply
 
 BLOCKS = 40

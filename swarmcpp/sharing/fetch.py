@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from swarmcpp.peers import NodeId
-from swarmcpp.swarm.fetchcontext import FetchContext, Front, Store
-from swarmcpp.swarm.fetchrun import FetchRun
-from swarmcpp.swarm.shipping import LONGEST_S, Encoding, Shipment, ShipPlan, Source, decide
+from swarmcpp.sharing.fetchcontext import FetchContext, Front, Store
+from swarmcpp.sharing.fetchrun import FetchRun
+from swarmcpp.sharing.shipping import LONGEST_S, Encoding, Shipment, ShipPlan, Source, decide
 from swarmcpp.telemetry import diag
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcpp.errors import QueueFull
-from swarmcpp.swarm.fetch import FetchResult, fetch_prefix
-from swarmcpp.swarm.fetchcontext import FetchSettings
-from swarmcpp.swarm.shipping import MIN_GAIN, Progress, Shipment, Source, decide, overtaken, wire_bytes
+from swarmcpp.sharing.fetch import FetchResult, fetch_prefix
+from swarmcpp.sharing.fetchcontext import FetchSettings
+from swarmcpp.sharing.shipping import MIN_GAIN, Progress, Shipment, Source, decide, overtaken, wire_bytes
 from swarmcpp.wire.peers import Blocks, FetchBlocks, Pong, Reply
 
 

@@ -13,8 +13,8 @@ from blake3 import blake3
 
 from swarmcpp.errors import PeerTimeout, SnapshotError, SwarmError
 from swarmcpp.peers import NodeId
-from swarmcpp.swarm.fetchcontext import FetchContext, Payload, Store
-from swarmcpp.swarm.shipping import Progress, Shipment, ShipPlan, fetch_limit_s, overtaken
+from swarmcpp.sharing.fetchcontext import FetchContext, Payload, Store
+from swarmcpp.sharing.shipping import Progress, Shipment, ShipPlan, fetch_limit_s, overtaken
 from swarmcpp.telemetry import diag
 from swarmcpp.wire.peers import MAX_FRAMES, Blocks, Caller, FetchBlocks, Reply
 

@@ -13,11 +13,11 @@ from swarmcpp.llama.chat import ChatCodec
 from swarmcpp.llama.vocab import VocabModel
 from swarmcpp.models.gguf_header import read_header
 from swarmcpp.peers import ModelOffer, NodeId
+from swarmcpp.sharing.vocabulary import fetch_vocabulary
 from swarmcpp.supervisor.replica import LocalReplica
 from swarmcpp.supervisor.runner import Runner
 from swarmcpp.swarm.membership import PeerView, Status
 from swarmcpp.swarm.mesh import Mesh
-from swarmcpp.swarm.vocabulary import fetch_vocabulary
 from swarmcpp.wire.peers import Caller
 
 

@@ -30,10 +30,10 @@ from swarmcpp.models.modelfiles import chunks_of
 from swarmcpp.models.slicestore import SliceFiles, SliceStore
 from swarmcpp.models.slicing import embedding_range, slice_ranges, write_slice
 from swarmcpp.models.synthetic import Shape, write_model
-from swarmcpp.swarm.modelfetch import fetch_parts
-from swarmcpp.swarm.modelserver import ModelServer
-from swarmcpp.swarm.slicefetch import find_manifest, obtain_slice
-from swarmcpp.swarm.transfer import PATIENCE_S
+from swarmcpp.sharing.modelfetch import fetch_parts
+from swarmcpp.sharing.modelserver import ModelServer
+from swarmcpp.sharing.slicefetch import find_manifest, obtain_slice
+from swarmcpp.sharing.transfer import PATIENCE_S
 from swarmcpp.wire.peers import Caller, GetChunk
 
 CHUNK = 4096
@@ -389,8 +389,8 @@ from pathlib import Path
 from model_peers import Peer
 from swarmcpp.models import manifest as manifest_module
 from swarmcpp.models.slicestore import SliceStore
-from swarmcpp.swarm.modelserver import ModelServer
-from swarmcpp.swarm.slicefetch import obtain_slice
+from swarmcpp.sharing.modelserver import ModelServer
+from swarmcpp.sharing.slicefetch import obtain_slice
 
 model, directory, chunk, stop_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 manifest_module.CHUNK_BYTES = chunk

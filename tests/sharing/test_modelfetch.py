@@ -17,9 +17,9 @@ from swarmcpp.models.download import SPARE_BYTES, PullProgress
 from swarmcpp.models.manifest import Manifest, ManifestFile, manifest_of
 from swarmcpp.models.modelfiles import find_local
 from swarmcpp.models.partial import locked
-from swarmcpp.swarm.modelfetch import fetch_model, get_manifest
-from swarmcpp.swarm.modelserver import ModelServer
-from swarmcpp.swarm.transfer import PATIENCE_S
+from swarmcpp.sharing.modelfetch import fetch_model, get_manifest
+from swarmcpp.sharing.modelserver import ModelServer
+from swarmcpp.sharing.transfer import PATIENCE_S
 from swarmcpp.wire.peers import Ask, Caller, ChunkReply, GetChunk, GetManifest, ManifestReply, Pong, Reply
 
 CHUNK = 1000

@@ -15,7 +15,7 @@ from swarmcpp.models.download import SPARE_BYTES, FreeSpace, PullProgress, Sleep
 from swarmcpp.models.manifest import Manifest
 from swarmcpp.models.modelfiles import ModelParts, SparseModel, stored_paths
 from swarmcpp.models.partial import locked
-from swarmcpp.swarm.transfer import Fallback, Transfer, shown
+from swarmcpp.sharing.transfer import Fallback, Transfer, shown
 from swarmcpp.wire.peers import Caller, GetManifest, ManifestReply
 
 

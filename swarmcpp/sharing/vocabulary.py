@@ -11,7 +11,7 @@ from blake3 import blake3
 from swarmcpp.errors import PeerError, SwarmError
 from swarmcpp.models.manifest import Manifest
 from swarmcpp.models.vocabfile import header_bytes_needed, write_vocab_file
-from swarmcpp.swarm.modelfetch import get_manifest
+from swarmcpp.sharing.modelfetch import get_manifest
 from swarmcpp.wire.peers import Caller, ChunkReply, GetChunk
 
 ASK_S = 10.0

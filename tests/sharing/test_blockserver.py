@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcpp.errors import QueueFull, SnapshotError
-from swarmcpp.swarm.serving import (
+from swarmcpp.sharing.blockserver import (
     BUSY_BURST_S,
     BUSY_SHARE,
     MAX_REPLY_BYTES,

@@ -19,8 +19,8 @@ from swarmcpp.models.partial import locked
 from swarmcpp.models.ranges import range_session, read_range
 from swarmcpp.models.slicestore import SliceFiles, SliceStore, header_bytes
 from swarmcpp.models.slicing import embedding_range, slice_ranges, write_slice
-from swarmcpp.swarm.modelfetch import fetch_parts, get_manifest
-from swarmcpp.swarm.transfer import Fallback
+from swarmcpp.sharing.modelfetch import fetch_parts, get_manifest
+from swarmcpp.sharing.transfer import Fallback
 from swarmcpp.wire.peers import Caller
 
 

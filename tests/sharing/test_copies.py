@@ -20,9 +20,9 @@ from swarmcpp.kv.keys import KvIdentity, block_keys
 from swarmcpp.llama import kvwire
 from swarmcpp.peers import StageOffer
 from swarmcpp.pipeline.contract import StageRef
-from swarmcpp.swarm.fetchcontext import FetchContext, FetchSettings
+from swarmcpp.sharing.copies import MAX_WAITING, StageCopies
+from swarmcpp.sharing.fetchcontext import FetchContext, FetchSettings
 from swarmcpp.swarm.links import LinkBook
-from swarmcpp.swarming.copies import MAX_WAITING, StageCopies
 from swarmcpp.testing import FakeClock
 from swarmcpp.wire.peers import Ask, FetchBlocks, OfferBlocks, Pong, Reply, decode, encode
 

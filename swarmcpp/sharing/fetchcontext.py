@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from swarmcpp.core import Clock
 from swarmcpp.peers import NodeId
+from swarmcpp.sharing.shipping import KvWire
 from swarmcpp.swarm.links import LinkBook
-from swarmcpp.swarm.shipping import KvWire
 from swarmcpp.wire.peers import Caller
 
 Payload = bytes | memoryview

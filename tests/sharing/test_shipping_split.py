@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcpp.swarm.shipping import SLACK, SPLIT_BLOCKS, SPLIT_GAIN, KvWire, Shipment, ShipPlan, Source, decide
+from swarmcpp.sharing.shipping import SLACK, SPLIT_BLOCKS, SPLIT_GAIN, KvWire, Shipment, ShipPlan, Source, decide
 
 FIVE_MBIT = 625_000.0
 

@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from swarmcpp.core import Clock
 from swarmcpp.errors import QueueFull, SnapshotError
-from swarmcpp.swarm.shipping import can_quantise
+from swarmcpp.sharing.shipping import can_quantise
 from swarmcpp.telemetry import diag
 from swarmcpp.wire.peers import MAX_FRAMES, MAX_IDS, BlockPage, Blocks, FetchBlocks, ListBlocks
 
