@@ -80,6 +80,10 @@ def test_the_contract_is_kept(house: House) -> None:
     assert code == 0, said
 
 
+def test_at_most_twelve_levels() -> None:
+    assert len(levels()) <= 12
+
+
 def test_every_room_that_takes_what_it_may_not_is_caught(house: House) -> None:
     planted = [
         (house.plant(room, f"import {package}"), package)

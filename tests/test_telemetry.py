@@ -32,7 +32,7 @@ def lines(console: Console) -> list[str]:
 
 
 def test_levels(console: Console) -> None:
-    ours, theirs = logging.getLogger("swarmcpp.node"), logging.getLogger("aiohttp.access")
+    ours, theirs = logging.getLogger("swarmcpp.node.node"), logging.getLogger("aiohttp.access")
     for verbosity, count in ((0, 2), (1, 3), (2, 4), (7, 4), (-1, 2)):
         setup_logging(verbosity, console)
         before = len(lines(console))

@@ -15,7 +15,7 @@ from swarmcpp.commands import terminal
 from swarmcpp.commands.serve import find_model
 from swarmcpp.config import Config, LoadedConfig
 from swarmcpp.core import GenerateRequest, SamplingParams
-from swarmcpp.node import prepare
+from swarmcpp.node.preparing import prepare
 from swarmcpp.supervisor.whole import EngineSupervisor
 
 PROMPT_TOKENS = 512

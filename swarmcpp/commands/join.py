@@ -18,18 +18,19 @@ from swarmcpp.commands.swarm import in_swarm
 from swarmcpp.config import Config, LoadedConfig
 from swarmcpp.errors import BadConfig, BadModel, DownloadFailed, SwarmUnreachable
 from swarmcpp.hardware import share_heaps
-from swarmcpp.layerhost import Obtain, SharedModel
 from swarmcpp.models.download import PullProgress
 from swarmcpp.models.inspect import inspect
 from swarmcpp.models.manifest import Manifest, manifest_of
 from swarmcpp.models.modelfiles import find_local
 from swarmcpp.models.slicestore import SliceFiles, SliceStore
-from swarmcpp.node import fits_whole, until_stopped
+from swarmcpp.node.layerhost import Obtain, SharedModel
+from swarmcpp.node.member import Swarm
+from swarmcpp.node.preparing import fits_whole
+from swarmcpp.node.serving import until_stopped
 from swarmcpp.sharing.modelfetch import fetch_model, get_manifest
 from swarmcpp.sharing.slicefetch import obtain_header, obtain_slice
 from swarmcpp.swarm.identity import JoinToken
 from swarmcpp.swarm.store import SwarmState, SwarmStore
-from swarmcpp.swarming.swarm import Swarm
 
 FIND_S: Final = 15.0
 """How long a member is looked for."""

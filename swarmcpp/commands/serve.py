@@ -12,7 +12,6 @@ from types import FrameType
 
 from rich.console import Console
 
-from swarmcpp import node
 from swarmcpp.commands import share, terminal
 from swarmcpp.commands.pull import download, user_catalogue
 from swarmcpp.commands.swarm import in_swarm
@@ -23,8 +22,9 @@ from swarmcpp.hardware import settle, share_heaps
 from swarmcpp.models import embedded
 from swarmcpp.models.download import resolve_model
 from swarmcpp.models.inspect import inspect
+from swarmcpp.node import preparing, serving
+from swarmcpp.node.member import Swarm
 from swarmcpp.swarm.store import SwarmStore
-from swarmcpp.swarming.swarm import Swarm
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ async def _run(config: Config, path: Path, name: str | None, console: Console) -
 
 
 async def _fits(config: Config, path: Path) -> bool:
-    return await asyncio.to_thread(lambda: node.fits_whole(config, inspect(path)))
+    return await asyncio.to_thread(lambda: preparing.fits_whole(config, inspect(path)))
 
 
 async def _own_swarm(config: Config) -> AbstractAsyncContextManager[Swarm]:
@@ -92,13 +92,13 @@ async def serve(
     """Serve `path`, as a node of `swarm` if there is one, until `stop`, telling the terminal how it goes."""
     view = LoadingView(console, name or path.name)
 
-    def ready(serving: node.Serving) -> None:
+    def ready(told: serving.Serving) -> None:
         view.close()
-        terminal.stdout().print(ready_text(serving, with_key=config.server.api_key is not None), soft_wrap=True)
+        terminal.stdout().print(ready_text(told, with_key=config.server.api_key is not None), soft_wrap=True)
         settle()
 
     try:
-        await node.run(config, path, name=name, swarm=swarm, on_progress=view.update, on_ready=ready, stop=stop)
+        await serving.run(config, path, name=name, swarm=swarm, on_progress=view.update, on_ready=ready, stop=stop)
     finally:
         view.close()
 
@@ -125,15 +125,15 @@ def _on_signals(stop: Callable[[], None]) -> None:
         signal.signal(number, first)
 
 
-def ready_text(serving: node.Serving, *, with_key: bool) -> str:
+def ready_text(told: serving.Serving, *, with_key: bool) -> str:
     """What a node says when it can be asked: where, what, how much, and a command to try it."""
-    info, status = serving.prepared.info, serving.status
+    info, status = told.prepared.info, told.status
     slots = f"{status.slots} slot{'' if status.slots == 1 else 's'} of {status.ctx_size} tokens"
     memory = terminal.size_text(status.resident_bytes)
-    threads = serving.prepared.options.threads
-    cache = f"{terminal.size_text(serving.cache_bytes)} of cache on disk" if serving.cache_bytes else "no cache on disk"
+    threads = told.prepared.options.threads
+    cache = f"{terminal.size_text(told.cache_bytes)} of cache on disk" if told.cache_bytes else "no cache on disk"
     return (
-        f"ready: {info.id} at {serving.url}/v1\n"
+        f"ready: {info.id} at {told.url}/v1\n"
         f"  {slots}, {memory} of memory, {threads} thread{'' if threads == 1 else 's'}, {cache}\n"
-        f"{ask_text(serving.url, info.id, with_key=with_key)}{join_text(serving.token)}"
+        f"{ask_text(told.url, info.id, with_key=with_key)}{join_text(told.token)}"
     )

@@ -7,23 +7,23 @@ from pathlib import Path
 
 from rich.console import Console
 
-from swarmcpp import layers
 from swarmcpp.commands import terminal
 from swarmcpp.commands.terminal import LoadingView, ask_text, join_text
 from swarmcpp.config import Config
 from swarmcpp.errors import NotEnoughMemory
 from swarmcpp.hardware import read_hardware, settle
-from swarmcpp.layerhost import SHARED_CTX, SHARED_SLOTS, Obtain, Range, SharedModel, check_range
 from swarmcpp.models.inspect import ModelFile, inspect
 from swarmcpp.models.manifest import Manifest, manifest_of
 from swarmcpp.models.slicestore import SliceFiles, SliceStore
 from swarmcpp.models.slicing import check_sliceable
-from swarmcpp.moving import movable, slowest_range
-from swarmcpp.node import usable_memory
+from swarmcpp.node import layers
+from swarmcpp.node.layerhost import SHARED_CTX, SHARED_SLOTS, Obtain, Range, SharedModel, check_range
+from swarmcpp.node.member import Swarm
+from swarmcpp.node.moving import movable, slowest_range
+from swarmcpp.node.placing import machines_of, shape_of
+from swarmcpp.node.preparing import usable_memory
 from swarmcpp.route.placement import place
 from swarmcpp.route.placement_words import explain
-from swarmcpp.swarming.placing import machines_of, shape_of
-from swarmcpp.swarming.swarm import Swarm
 
 
 def shared_model(config: Config, swarm: Swarm, manifest: Manifest, file: ModelFile, name: str) -> SharedModel:

@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 
 from swarmcpp.config import Config, SwarmConfig, is_loopback
 from swarmcpp.errors import BadConfig, PortInUse
+from swarmcpp.node.member import Swarm
 from swarmcpp.peers import Address
 from swarmcpp.swarm.discovery import lan_addresses
 from swarmcpp.swarm.identity import SwarmKey
 from swarmcpp.swarm.store import Identity, SwarmStore
-from swarmcpp.swarming.swarm import Swarm
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = SwarmConfig().port

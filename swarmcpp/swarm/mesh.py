@@ -72,7 +72,7 @@ ANNOUNCED_PEERS = 64
 """Addresses in a Welcome: any of them leads to the rest."""
 
 
-class Services(Protocol):
+class PeerService(Protocol):
     """What a node does for its peers, beside being there."""
 
     def capability(self) -> Capability:
@@ -129,7 +129,7 @@ class Mesh:
         self,
         key: SwarmKey,
         identity: Identity,
-        services: Services,
+        services: PeerService,
         *,
         clock: Clock,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,

@@ -19,14 +19,14 @@ from swarmcpp.commands.swarm import in_swarm
 from swarmcpp.config import Config, EngineConfig, InferenceConfig, ServerConfig, StorageConfig, SwarmConfig
 from swarmcpp.core import GenerateRequest, SamplingParams, TokenPart
 from swarmcpp.models.synthetic import write_model
-from swarmcpp.node import run
+from swarmcpp.node.member import Swarm
+from swarmcpp.node.serving import run
 from swarmcpp.peers import Address
 from swarmcpp.supervisor.replica import LocalReplica
 from swarmcpp.supervisor.whole import EngineSupervisor
 from swarmcpp.swarm.endpoint import Responder
 from swarmcpp.swarm.identity import SwarmKey
 from swarmcpp.swarm.store import SwarmStore
-from swarmcpp.swarming.swarm import Swarm
 from swarmcpp.wire.peers import FetchBlocks
 
 pytestmark = pytest.mark.e2e

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from swarmcpp.errors import BadRequest
 from swarmcpp.models.inspect import inspect
 from swarmcpp.models.synthetic import Shape, write_model
+from swarmcpp.node.placing import MAX_ADDED, PlannedModel, memory_text, plan
+from swarmcpp.node.view import MAX_CHAIN, chain_text
 from swarmcpp.peers import Capability, Load, ModelOffer, ObservedLatency, StageOffer
 from swarmcpp.pipeline.chains import missing_text
 from swarmcpp.pipeline.contract import StageRef
 from swarmcpp.route.parallax import Stage
 from swarmcpp.route.placement import stage_bytes
-from swarmcpp.swarming.placing import MAX_ADDED, PlannedModel, memory_text, plan
-from swarmcpp.swarming.view import MAX_CHAIN, chain_text
 
 FINGERPRINT, OTHER = bytes(range(32)), bytes(32)
 N_LAYERS = 8

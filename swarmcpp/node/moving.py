@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from swarmcpp.errors import SwarmError
-from swarmcpp.layerhost import LayerHost, Range, SharedModel
+from swarmcpp.node.layerhost import LayerHost, Range, SharedModel
+from swarmcpp.node.member import Swarm
+from swarmcpp.node.placing import machines_of, shape_of
 from swarmcpp.peers import NodeId
 from swarmcpp.route.autoshard import Acquire, AutoShard, Drain, HeldStage, Release, Resume
 from swarmcpp.route.costs import Machine, ModelShape, Placement, stage_bytes
 from swarmcpp.route.placement import place
-from swarmcpp.swarming.placing import machines_of, shape_of
-from swarmcpp.swarming.swarm import Swarm
 
 TICK_S: Final = 5.0
 """Between two looks at the placement; a node moves after three that want the same."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from swarmcpp.core import GenerateRequest, Limits, SamplingParams, TokenPart
 from swarmcpp.errors import BadRequest, EngineFailed, PeerLost, PromptTooLong, QueueFull, SwarmError, WireError
-from swarmcpp.swarm.remote import SILENCE_S, Run, remote_tokens, serve_generate
+from swarmcpp.node.remote import SILENCE_S, Run, remote_tokens, serve_generate
 from swarmcpp.wire.checks import check_request
 from swarmcpp.wire.peers import Ask, Generate, KeepAlive, Part, Pong, Reply, decode, encode
 

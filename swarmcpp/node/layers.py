@@ -11,10 +11,14 @@ from pathlib import Path
 from swarmcpp.config import Config
 from swarmcpp.core import ModelInfo
 from swarmcpp.kv.keys import block_keys
-from swarmcpp.layerhost import LayerHost, Obtain, Range, SharedModel, kv_identity
 from swarmcpp.llama.stage import EmbeddingTable
-from swarmcpp.moving import keep_placed
-from swarmcpp.node import Node, start_api, until_stopped, whole_offer
+from swarmcpp.node.layerhost import LayerHost, Obtain, Range, SharedModel, kv_identity
+from swarmcpp.node.member import Swarm
+from swarmcpp.node.moving import keep_placed
+from swarmcpp.node.node import Node
+from swarmcpp.node.placing import PlannedModel, memory_text
+from swarmcpp.node.preparing import whole_offer
+from swarmcpp.node.serving import start_api, until_stopped
 from swarmcpp.peers import ModelOffer
 from swarmcpp.pipeline.conductor import Conductor
 from swarmcpp.pipeline.head import StageRunner
@@ -23,8 +27,6 @@ from swarmcpp.route.passes import micro_batches
 from swarmcpp.sharing.offers import Served
 from swarmcpp.supervisor.process import EngineStatus
 from swarmcpp.swarm.identity import JoinToken
-from swarmcpp.swarming.placing import PlannedModel, memory_text
-from swarmcpp.swarming.swarm import Swarm
 
 
 def make_head(config: Config, model: SharedModel, source: Path, eog_tokens: frozenset[int], swarm: Swarm) -> Conductor:

@@ -19,6 +19,9 @@ from swarmcpp.errors import UnknownModel
 from swarmcpp.hardware import read_hardware
 from swarmcpp.models.manifest import Manifest
 from swarmcpp.models.modelfiles import SparseModel
+from swarmcpp.node.remote import serve_generate
+from swarmcpp.node.requests import Requests
+from swarmcpp.node.view import chain_text, node_row, request_rows
 from swarmcpp.peers import Address, Capability, Load, NodeId, StageOffer
 from swarmcpp.pipeline.chains import Pipelines
 from swarmcpp.pipeline.contract import StageRef
@@ -34,11 +37,8 @@ from swarmcpp.swarm.endpoint import Responder
 from swarmcpp.swarm.identity import MAX_TOKEN_ADDRESSES, JoinToken, SwarmKey
 from swarmcpp.swarm.membership import PeerView, Status
 from swarmcpp.swarm.mesh import Mesh
-from swarmcpp.swarm.remote import serve_generate
 from swarmcpp.swarm.store import Identity, SwarmStore
 from swarmcpp.swarm.trust import TrustBook
-from swarmcpp.swarming.requests import Requests
-from swarmcpp.swarming.view import chain_text, node_row, request_rows
 from swarmcpp.wire.peers import (
     AskStage,
     BlockPage,
@@ -199,7 +199,7 @@ class Swarm:
         self._store.remember(self.mesh.addresses())
 
     def capability(self) -> Capability:
-        """See `mesh.Services`."""
+        """See `PeerService`."""
         served, cache = self.models.served, self.blocks.cache
         load = served.runner.load(self.requests.tally.ttft_s) if served else Load()
         self._own = Capability(
@@ -257,7 +257,7 @@ class Swarm:
     # -- what peers ask ------------------------------------------------------------------------------------------
 
     async def generate(self, message: Generate, respond: Responder) -> None:
-        """See `mesh.Services`."""
+        """See `PeerService`."""
         served = self.models.served
         if served is None or message.request.model not in served.names:
             raise UnknownModel(f"model {message.request.model[:80]!r} is not served by this node", param="model")
@@ -273,27 +273,27 @@ class Swarm:
         await serve_generate(message, respond.send, run, limits)
 
     async def fetch_blocks(self, message: FetchBlocks, respond: Responder) -> None:
-        """See `mesh.Services`."""
+        """See `PeerService`."""
         server = self.blocks.server
         reply, frames = await (server if server and message.root == self.blocks.root else self.copies).answer(message)
         respond.send(reply, frames)
 
     async def list_blocks(self, message: ListBlocks, respond: Responder) -> None:
-        """See `mesh.Services`."""
+        """See `PeerService`."""
         sequence, server = self.mesh.announcer.sequence, self.blocks.server
         respond.send(server.list_page(message, sequence) if server else BlockPage((), sequence, False))
 
     async def model_file(self, message: GetManifest | GetChunk, respond: Responder) -> None:
-        """See `mesh.Services`."""
+        """See `PeerService`."""
         reply, payload = await self._files.answer(message)
         respond.send(reply, payload)
 
     async def stage(self, message: AskStage, respond: Responder) -> None:
-        """See `mesh.Services`."""
+        """See `PeerService`."""
         await self.stages.answer(message, respond)
 
     def begin_pass(self, message: RunStage, payload: list[memoryview], respond: Responder) -> None:
-        """See `mesh.Services`."""
+        """See `PeerService`."""
         self.stages.begin(message, payload, respond)
 
     # -- status --------------------------------------------------------------------------------------------------

@@ -25,14 +25,14 @@ from swarmcpp.models.inspect import ModelFile
 from swarmcpp.models.manifest import Manifest
 from swarmcpp.models.slicestore import SliceFiles
 from swarmcpp.models.slicing import check_sliceable
-from swarmcpp.node import open_arena
+from swarmcpp.node.member import Swarm
+from swarmcpp.node.preparing import open_arena
 from swarmcpp.pipeline.calls import StageBounds
 from swarmcpp.pipeline.chains import OwnStage
 from swarmcpp.pipeline.contract import StageRef
 from swarmcpp.route.passes import PassTimes
 from swarmcpp.supervisor.process import EngineStatus
 from swarmcpp.supervisor.stage import StageSupervisor
-from swarmcpp.swarming.swarm import Swarm
 from swarmcpp.wire.engine import EngineOptions
 from swarmcpp.wire.peers import SEQUENCE_BYTES, PassPart
 

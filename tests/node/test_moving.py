@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from placement_support import MB, machine, shape
 
-from swarmcpp.moving import movable, slowest_range
+from swarmcpp.node.moving import movable, slowest_range
 from swarmcpp.route.placement import place
 
 EIGHT = shape(8)

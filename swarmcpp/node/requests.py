@@ -20,14 +20,14 @@ from swarmcpp.errors import (
     SwarmError,
     WireError,
 )
+from swarmcpp.node.remote import remote_tokens
+from swarmcpp.node.view import Running
 from swarmcpp.peers import CacheHits, NodeId
 from swarmcpp.route.replicas import Choice, DelegationRates, Replica, choose
 from swarmcpp.sharing.blocks import SharedBlocks
 from swarmcpp.sharing.offers import SwarmModels
 from swarmcpp.supervisor.runner import Runner
 from swarmcpp.swarm.mesh import Mesh
-from swarmcpp.swarm.remote import remote_tokens
-from swarmcpp.swarming.view import Running
 from swarmcpp.telemetry import diag
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""The node process: everything joined. What decides is in the rooms below; here it is put together and told."""
