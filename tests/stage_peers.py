@@ -145,6 +145,7 @@ class Node:
     endpoint: Endpoint
     links: dict[str, PeerLink]
     service: StageService
+    clock: FakeClock
 
     def host(self, first: int, last: int, bounds: StageBounds = BOUNDS) -> SumStage:
         stage = SumStage(StageRef(self.id, FINGERPRINT, first, last, N_LAYERS), bounds.n_embd)
@@ -159,7 +160,8 @@ async def open_nodes(peers: Peers, count: int) -> list[Node]:
     for _ in range(count):
         keys = new_node_keys()
         links: dict[str, PeerLink] = {}
-        service = StageService(node_id(keys.public), links.get, FakeClock())
+        clock = FakeClock()
+        service = StageService(node_id(keys.public), links.get, clock)
 
         async def handle(
             message: Ask, payload: list[memoryview], respond: Responder, service: StageService = service
@@ -175,7 +177,7 @@ async def open_nodes(peers: Peers, count: int) -> list[Node]:
             return isinstance(message, RunStage)
 
         endpoint, address = await peers.endpoint(handle, keys=keys, begin=begin)
-        nodes.append(Node(node_id(keys.public), endpoint, links, service))
+        nodes.append(Node(node_id(keys.public), endpoint, links, service, clock))
         addresses.append(address)
     for node in nodes:
         for other, address in zip(nodes, addresses, strict=True):

@@ -10,6 +10,7 @@ from typing import Final, Protocol
 from swarmcpp.core import GenerateRequest, Limits
 from swarmcpp.errors import StageFailed, SwarmError, WireError, by_code
 from swarmcpp.pipeline.contract import Pass, Passed, StageRef, StageTime
+from swarmcpp.route.patience import MOST_S
 from swarmcpp.telemetry import printable
 from swarmcpp.wire.checks import check_request
 from swarmcpp.wire.codec import RowEncoding
@@ -27,21 +28,6 @@ from swarmcpp.wire.peers import (
     StoreSequence,
 )
 
-LEAST_S: Final = 3.0
-"""The shortest time-out of a pass: a machine that swaps or whose link stalls for a moment is not lost."""
-
-PATIENCE: Final = 8.0
-"""Times what passes took lately."""
-
-UNKNOWN_S: Final = 60.0
-"""The time-out of passes of which nothing is known: the first one reads all weights from a cold disk."""
-
-HOP_PATIENCE: Final = 1 / 6
-"""How much longer a hop waits for each stage beyond the next one, so that of a chain that hangs the last hop before the
-stage that hangs gives up first, and names it."""
-
-MAX_TIMES: Final = 256
-DECAY: Final = 0.9
 MAX_ID: Final = 2**31 - 1
 MAX_EPOCH: Final = 2**31 - 1
 
@@ -96,10 +82,10 @@ def hop(ref: StageRef) -> Hop:
     return Hop(ref.node, ref.first, ref.last)
 
 
-def run_message(ref: StageRef, work: Pass) -> RunStage:
-    """The request for a pass that begins at `ref`."""
+def run_message(ref: StageRef, work: Pass, limit_s: float) -> RunStage:
+    """The request for a pass that begins at `ref`, and whose end is waited for so long."""
     onward = tuple(hop(each) for each in work.onward)
-    return RunStage(ref.fingerprint, hop(ref), work.parts, work.encoding, onward, work.wire)
+    return RunStage(ref.fingerprint, hop(ref), work.parts, work.encoding, onward, work.wire, limit_s)
 
 
 def frames(rows: bytes | memoryview) -> list[memoryview]:
@@ -163,8 +149,11 @@ def checked_pass(message: RunStage, payload: Sequence[memoryview], ref: StageRef
         raise WireError(
             f"{n_rows} rows of {bounds.n_embd} values as {message.encoding} came in {sent} bytes instead of {due}"
         )
+    if not 0 < message.limit_s <= MOST_S:
+        raise WireError(f"limit_s is {message.limit_s:g}; allowed is more than 0, up to {MOST_S:g}")
     rows = payload[0] if len(payload) == 1 else b"".join(payload)
-    return Pass(message.parts, message.encoding, rows, _checked_onward(message.onward, ref), message.wire)
+    onward = _checked_onward(message.onward, ref)
+    return Pass(message.parts, message.encoding, rows, onward, message.wire, message.limit_s)
 
 
 def _checked_onward(hops: Sequence[Hop], ref: StageRef) -> tuple[StageRef, ...]:
@@ -232,29 +221,3 @@ def name(stage: StageRef | Hop) -> str:
 
 def _short(reply: Reply) -> str:
     return f"{reply.n_tokens} tokens" if isinstance(reply, SequenceReady) else f"a {type(reply).__name__}"
-
-
-class HopTimes:
-    """How long passes took lately from a stage on, by chain and number of rows, and how long to wait for the next."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[tuple[tuple[StageRef, ...], int], float] = {}
-
-    def limit_s(self, chain: tuple[StageRef, ...], n_rows: int) -> float:
-        """The time-out, in seconds, of a pass over `chain`, which begins with the stage that is asked."""
-        known = self._seconds.get((chain, n_rows.bit_length()))
-        limit = UNKNOWN_S if known is None else max(LEAST_S, PATIENCE * known)
-        return limit * (1 + HOP_PATIENCE * (len(chain) - 1))
-
-    def add(self, chain: tuple[StageRef, ...], n_rows: int, seconds: float) -> None:
-        """Note what a pass took. A long one counts at once and fades slowly: queues come and go."""
-        key = (chain, n_rows.bit_length())
-        known = self._seconds.pop(key, 0.0)
-        self._seconds[key] = max(seconds, DECAY * known + (1 - DECAY) * seconds)
-        if len(self._seconds) > MAX_TIMES:
-            del self._seconds[next(iter(self._seconds))]
-
-    def forget(self, chain: tuple[StageRef, ...]) -> None:
-        """A pass over `chain` failed: all hops before it know as little again, and so keep the order of time-outs."""
-        for key in [each for each in self._seconds if each[0] == chain]:
-            del self._seconds[key]

@@ -13,6 +13,7 @@ from typing import Protocol
 from swarmcpp.core import GenerateRequest
 from swarmcpp.errors import StageFailed
 from swarmcpp.peers import NodeId
+from swarmcpp.route.patience import UNKNOWN_S
 from swarmcpp.wire.codec import RowEncoding
 from swarmcpp.wire.peers import PassPart
 
@@ -36,13 +37,14 @@ class StageRef:
 @dataclass(frozen=True, slots=True)
 class Pass:
     """One pass over a chain: `rows` of all parts, in their order, encoded as `encoding`. `onward`: the stages after
-    the one that is asked, and `wire` is how rows travel between those."""
+    the one that is asked, and `wire` is how rows travel between those. `limit_s`: how long its end is waited for."""
 
     parts: tuple[PassPart, ...]
     encoding: RowEncoding
     rows: bytes | memoryview
     onward: tuple[StageRef, ...] = ()
     wire: RowEncoding = "f32"
+    limit_s: float = UNKNOWN_S
 
     @property
     def n_rows(self) -> int:

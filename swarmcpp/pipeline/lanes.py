@@ -17,8 +17,9 @@ from swarmcpp.engine.scheduler import Policy, Scheduler, SlotView
 from swarmcpp.errors import PeerTimeout, StageFailed, StageLost
 from swarmcpp.llama.rows import encode_rows
 from swarmcpp.pipeline.contract import Pass, Passed, StageRef
-from swarmcpp.pipeline.plan import expected_s, limit_s, regroup
+from swarmcpp.pipeline.plan import regroup
 from swarmcpp.pipeline.runs import Broken, Chain, ModelFacts, PipelinePolicy, Run, Surroundings
+from swarmcpp.route.patience import FADING, expected_s, limit_s
 from swarmcpp.telemetry import diag
 from swarmcpp.wire.codec import RowEncoding
 from swarmcpp.wire.peers import PassPart
@@ -34,9 +35,6 @@ later than this."""
 
 SENT_S = 0.001
 """After this time what was just sent has left. ZeroMQ's thread gets the core only when the loop's has nothing to do."""
-
-FADING = 0.9
-"""Of what the longest pass lately counts, at each later one."""
 
 
 class LaneWatch(Protocol):
@@ -120,7 +118,7 @@ class Lane:
         """Passes of prompts that the first stage has not computed yet."""
         self._waiting_s = 0.0
         self._longest_s = 0.0
-        """What passes took lately: a long one counts at once and fades slowly, as for the hops."""
+        """What passes took lately; see route/patience.py."""
         self._expected: dict[int, float | None] = {}
         """By rows, until when the clock says so: each asks all that is known of all stages."""
         self._expected_until = 0.0
@@ -271,25 +269,25 @@ class Lane:
                 run.flying = True
                 run.n_past += chunk.count
         try:
-            self._first.begin(self._pass(parts), partial(self._ended, flight), partial(self._computed, flight))
+            self._first.begin(self._pass(parts, limit), partial(self._ended, flight), partial(self._computed, flight))
         except Exception as error:
             logger.exception("a pass could not be begun")
             failure = self._failed(self.chain[0], "internal", f"could not be asked: {error}")
             loop.call_soon(self._ended, flight, failure)
 
     def _give_up(self, flight: _Flight, limit_s: float) -> None:
-        # Each hop has a shorter limit and names the next one; so it is the first stage that is silent.
+        # Each hop gives up sooner and names the next one; so it is the first stage that is silent.
         what = f"did not end a pass within {limit_s:g} s"
         self._ended(flight, self._failed(self.chain[0], PeerTimeout.code, what))
 
-    def _pass(self, parts: Sequence[tuple[Run, int, Chunk]]) -> Pass:
+    def _pass(self, parts: Sequence[tuple[Run, int, Chunk]], limit: float) -> Pass:
         tokens = [run.tokens[chunk.start + i] for run, _, chunk in parts for i in range(chunk.count)]
         wanted = tuple(
             PassPart(run.sequence, epoch, chunk.start, chunk.count, chunk.last, chunk.slot)
             for run, epoch, chunk in parts
         )
         first, onward = self._encodings
-        return Pass(wanted, first, encode_rows(self._around.embed(tokens), first), self._onward, onward)
+        return Pass(wanted, first, encode_rows(self._around.embed(tokens), first), self._onward, onward, limit)
 
     def _expected_s(self, rows: int) -> float | None:
         """Seconds that a pass of `rows` rows takes, as of RECOUNT_S ago at most; None when some are not measured."""

@@ -1,21 +1,10 @@
-"""What a lane decides: how its decoding sequences are cut into micro-batches, and how long a pass may take. Pure."""
+"""How the decoding sequences of a lane are cut into micro-batches. Pure."""
 
 from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-
-from swarmcpp.route.passes import Curve, pass_s
-
-LEAST_LIMIT_S = 3.0
-UNKNOWN_LIMIT_S = 60.0
-SLACK = 8.0
-"""Times what is expected that a pass may take: other heads use the same stages."""
-
-STAGE_PATIENCE = 1 / 6
-"""How much longer a head waits for each stage: each hop has a limit of its own, of the same rule (pipeline/calls.py)
-and so shorter, and names the node that is silent, which the head cannot know."""
 
 
 def cut(members: Sequence[int], count: int) -> list[list[int]]:
@@ -49,14 +38,3 @@ def regroup(groups: Sequence[Sequence[int]], members: Sequence[int], wanted: int
         if max(sizes) - min(sizes) <= 1:
             return kept
     return cut(members, wanted)
-
-
-def expected_s(curves: Sequence[Curve], rows: int) -> float | None:
-    """Seconds that a pass of `rows` rows computes on all stages together; None: some are not measured."""
-    return sum(pass_s(curve, rows, 0) for curve in curves) if all(curves) else None
-
-
-def limit_s(expected: float | None, stages: int) -> float:
-    """Seconds after which a pass that is expected to take so long on `stages`, waiting included, counts as failed."""
-    limit = UNKNOWN_LIMIT_S if expected is None else max(LEAST_LIMIT_S, SLACK * expected)
-    return limit * (1 + STAGE_PATIENCE * stages)

@@ -23,8 +23,9 @@ from swarmcpp.errors import (
 )
 from swarmcpp.peers import NodeId
 from swarmcpp.pipeline import calls
-from swarmcpp.pipeline.calls import HopTimes, StageBounds, StageHost
+from swarmcpp.pipeline.calls import StageBounds, StageHost
 from swarmcpp.pipeline.contract import Pass, PassDone, Passed, StageCaller, StageRef, StageTime
+from swarmcpp.route.patience import hop_s
 from swarmcpp.swarm.endpoint import Responder
 from swarmcpp.wire.peers import (
     AskStage,
@@ -81,7 +82,6 @@ class StageService:
         self._callers = callers
         self._alive = alive
         self._clock = clock
-        self._times = HopTimes()
         self._hosted: dict[tuple[bytes, Hop], _Hosted] = {}
         self.on_offer: Callable[[StageRef, NodeId, Sequence[bytes]], None] = lambda _ref, _source, _keys: None
         """Told of blocks that a peer (who says which) has for a stage of this node."""
@@ -97,8 +97,8 @@ class StageService:
     def caller(self, ref: StageRef) -> StageCaller:
         """A stage as its head drives it. Whether it is there shows when it is asked."""
         if ref.node == self._node:
-            return LocalStage(ref, self._find, self.caller)
-        return RemoteStage(ref, self._callers, self._times, self._clock, self._alive)
+            return LocalStage(ref, self._find, self.caller, self._clock)
+        return RemoteStage(ref, self._callers, self._alive)
 
     def _find(self, fingerprint: bytes, hop: Hop) -> _Hosted:
         """A stage of this node. Raises StageLost."""
@@ -128,7 +128,7 @@ class StageService:
         try:
             hosted = self._find(message.fingerprint, message.stage)
             work = calls.checked_pass(message, payload, hosted.ref, hosted.bounds)
-            LocalStage(hosted.ref, self._find, self.caller).begin(work, done)
+            self.caller(hosted.ref).begin(work, done)
         except SwarmError as error:
             done(StageFailed(str(error), node=self._node, reason=error.code))
         except Exception:
@@ -179,11 +179,16 @@ class LocalStage:
     """A stage of this node, which sends on what it computed. Satisfies `contract.StageCaller`."""
 
     def __init__(
-        self, ref: StageRef, find: Callable[[bytes, Hop], _Hosted], caller: Callable[[StageRef], StageCaller]
+        self,
+        ref: StageRef,
+        find: Callable[[bytes, Hop], _Hosted],
+        caller: Callable[[StageRef], StageCaller],
+        clock: Clock,
     ) -> None:
         self._ref = ref
         self._find = find
         self._caller = caller
+        self._clock = clock
 
     def _hosted(self) -> _Hosted:
         return self._find(self._ref.fingerprint, calls.hop(self._ref))
@@ -201,6 +206,7 @@ class LocalStage:
     def begin(self, work: Pass, done: PassDone, computed: Callable[[], None] = lambda: None) -> None:
         """See `contract.StageCaller`. What came out goes to the next stage in the order of the passes, since they end
         in that order here."""
+        begun = self._clock()
 
         def ended(result: tuple[tuple[int, ...], bytes | None, float, float] | SwarmError) -> None:
             if isinstance(result, SwarmError):
@@ -212,9 +218,12 @@ class LocalStage:
                 done(Passed(ids, (own,)))
             elif rows is None:
                 done(_failed(self._ref, EngineFailed(f"{calls.name(self._ref)} gave no rows to send on")))
+            elif (left_s := work.limit_s - (self._clock() - begun)) <= 0:
+                late = f"{calls.name(self._ref)} took longer than the {work.limit_s:.3g} s that the pass had left"
+                done(_failed(self._ref, PeerTimeout(late)))
             else:
                 following, *rest = work.onward
-                then = Pass(work.parts, work.wire, rows, tuple(rest), work.wire)
+                then = Pass(work.parts, work.wire, rows, tuple(rest), work.wire, left_s)
                 self._caller(following).begin(then, lambda passed: done(_with_own(own, passed)))
                 computed()
 
@@ -239,14 +248,10 @@ class RemoteStage:
         self,
         ref: StageRef,
         callers: Callable[[NodeId], Caller | None],
-        times: HopTimes,
-        clock: Clock,
         alive: Callable[[NodeId], bool],
     ) -> None:
         self._ref = ref
         self._callers = callers
-        self._times = times
-        self._clock = clock
         self._alive = alive
 
     async def open(
@@ -265,7 +270,7 @@ class RemoteStage:
 
     def begin(self, work: Pass, done: PassDone, computed: Callable[[], None] = lambda: None) -> None:
         """See `contract.StageCaller`."""
-        ref, chain, begun, times = self._ref, (self._ref, *work.onward), self._clock(), self._times
+        ref, limit_s = self._ref, hop_s(work.limit_s, 1 + len(work.onward))
 
         def answered(reply: Reply | SwarmError, _payload: list[memoryview]) -> None:
             try:
@@ -273,17 +278,14 @@ class RemoteStage:
                     raise _failed(ref, reply)
                 passed = calls.passed(reply, ref, work)
             except StageFailed as error:
-                times.forget(chain)
                 done(error)
-                return
-            times.add(chain, work.n_rows, self._clock() - begun)
-            done(passed)
+            else:
+                done(passed)
 
-        limit_s = times.limit_s(chain, work.n_rows)
+        message = calls.run_message(ref, work, limit_s)
         try:
-            self._link().begin(calls.run_message(ref, work), calls.frames(work.rows), answered, timeout_s=limit_s)
+            self._link().begin(message, calls.frames(work.rows), answered, timeout_s=limit_s)
         except SwarmError as error:
-            times.forget(chain)
             _soon(done, _failed(ref, error))
         else:
             asyncio.get_running_loop().call_soon(computed)

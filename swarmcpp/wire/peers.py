@@ -159,6 +159,8 @@ class RunStage(msgspec.Struct, frozen=True, tag="run-stage"):
     encoding: RowEncoding
     onward: Annotated[tuple[Hop, ...], Meta(max_length=MAX_HOPS)] = ()
     wire: RowEncoding = "f32"
+    limit_s: float = 60.0
+    """How long the end of the pass is waited for from now on; see route/patience.py."""
 
 
 class StoreSequence(msgspec.Struct, frozen=True, tag="store-sequence"):

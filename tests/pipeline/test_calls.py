@@ -1,17 +1,20 @@
-"""What is checked where stages ask one another, and how long they wait."""
+"""What is checked where stages ask one another."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcpp.core import Limits
 from swarmcpp.errors import WireError
 from swarmcpp.pipeline import calls
-from swarmcpp.pipeline.calls import LEAST_S, MAX_TIMES, UNKNOWN_S, HopTimes, StageBounds
+from swarmcpp.pipeline.calls import StageBounds
 from swarmcpp.pipeline.contract import Pass, StageRef
+from swarmcpp.route.patience import MOST_S
 from swarmcpp.wire.peers import MAX_FRAMES, MAX_MESSAGE, Hop, PassPart, RunStage, decode, encode
 
 NODES = ("1" * 16, "2" * 16, "3" * 16)
@@ -48,7 +51,7 @@ def good_parts(counts: list[int]) -> tuple[PassPart, ...]:
 def test_a_pass_that_is_taken_is_within_all_bounds(
     parts: tuple[PassPart, ...], onward: tuple[Hop, ...], encoding: Any, wrong: int, pieces: int
 ) -> None:
-    message = RunStage(REF.fingerprint, calls.hop(REF), parts, encoding, onward)
+    message = RunStage(REF.fingerprint, calls.hop(REF), parts, encoding, onward, limit_s=1.0)
     size = max(0, min(512, sum(part.count for part in parts)) * calls.row_bytes(32, encoding) + wrong)
     rows = memoryview(bytes(n % 251 for n in range(size)))
     step = -(-size // pieces) or 1
@@ -72,7 +75,7 @@ def test_a_pass_survives_the_way_to_a_peer(counts: list[int], cuts: list[int]) -
     onward = tuple(StageRef(each.node, REF.fingerprint, each.first, each.last, 9) for each in chain_from(cuts))
     parts = tuple(PassPart(n.to_bytes(16), n, n, count, n % 2 == 0) for n, count in enumerate(counts))
     work = Pass(parts, "q8_0", bytes(34 * sum(counts)), onward, "f32")
-    message = decode(encode(calls.run_message(REF, work)))
+    message = decode(encode(calls.run_message(REF, work, work.limit_s)))
     assert isinstance(message, RunStage)
     assert calls.checked_pass(message, calls.frames(work.rows), REF, BOUNDS) == work
 
@@ -86,37 +89,8 @@ def test_rows_are_cut_into_frames_that_a_peer_takes() -> None:
     assert calls.frames(b"") == []
 
 
-@given(st.booleans(), st.lists(st.floats(0.001, 100), min_size=2, max_size=4))
-def test_a_hop_waits_longer_than_all_after_it(known: bool, taken: list[float]) -> None:
-    """Each stage takes some time; the hop that asks stage n waits for all from there on."""
-    stages = NEXT[: len(taken)]
-    times = HopTimes()
-    if known:
-        for n in range(len(stages)):
-            times.add(stages[n:], 64, sum(taken[n:]))
-    limits = [times.limit_s(stages[n:], 64) for n in range(len(stages))]
-    assert limits[-1] == (max(LEAST_S, 8 * taken[-1]) if known else UNKNOWN_S)
-    for n in range(len(stages) - 1):
-        assert limits[n] >= limits[n + 1] + (taken[n] if known else 9.9)
-
-
-def test_times_are_known_by_rows_rise_at_once_and_fade() -> None:
-    times, chain = HopTimes(), NEXT[:1]
-    assert times.limit_s(chain, 1) == UNKNOWN_S
-    times.add(chain, 64, 1.0)
-    assert times.limit_s(chain, 64) == times.limit_s(chain, 127) == 8.0
-    assert times.limit_s(chain, 63) == times.limit_s(chain, 128) == times.limit_s(NEXT[1:2], 64) == UNKNOWN_S
-    times.add(chain, 64, 10.0)
-    assert times.limit_s(chain, 64) == 80.0
-    for _ in range(100):
-        times.add(chain, 64, 0.01)
-    assert times.limit_s(chain, 64) == LEAST_S
-    times.forget(chain)
-    assert times.limit_s(chain, 64) == UNKNOWN_S
-
-
-def test_times_of_chains_are_bounded() -> None:
-    times = HopTimes()
-    for n in range(2 * MAX_TIMES):
-        times.add((StageRef(f"{n:016x}", b"f" * 32, 0, 9, 9),), 1, 1.0)
-    assert len(times._seconds) == MAX_TIMES
+@pytest.mark.parametrize("limit_s", [0.0, -1.0, math.nan, math.inf, MOST_S * 1.01])
+def test_a_limit_of_time_that_is_none_is_refused(limit_s: float) -> None:
+    work = Pass((PassPart(b"s" * 16, 0, 0, 1, True),), "f32", bytes(128), NEXT)
+    with pytest.raises(WireError, match="limit_s"):
+        calls.checked_pass(calls.run_message(REF, work, limit_s), [memoryview(work.rows)], REF, BOUNDS)

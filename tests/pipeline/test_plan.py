@@ -1,13 +1,11 @@
-"""Micro-batches and limits of passes: the pure part."""
+"""Micro-batches: the pure part."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcpp.pipeline.calls import HOP_PATIENCE, LEAST_S, HopTimes
-from swarmcpp.pipeline.contract import StageRef
-from swarmcpp.pipeline.plan import LEAST_LIMIT_S, UNKNOWN_LIMIT_S, cut, expected_s, limit_s, regroup
+from swarmcpp.pipeline.plan import cut, regroup
 
 SLOTS = st.sets(st.integers(0, 63), max_size=40).map(sorted)
 
@@ -64,15 +62,3 @@ def test_cuts_are_even(count: int, data: st.DataObject) -> None:
     pieces = cut(range(count), data.draw(st.integers(1, count)))
     assert [member for piece in pieces for member in piece] == list(range(count))
     assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
-
-
-def test_limits_follow_what_is_expected() -> None:
-    curve = ((1, 0.1), (8, 0.2))
-    assert expected_s([curve, curve], 8) == 0.4
-    assert expected_s([curve, ()], 1) is None
-    assert limit_s(None, 0) == UNKNOWN_LIMIT_S
-    assert limit_s(0.001, 0) == LEAST_LIMIT_S
-    assert limit_s(2.0, 0) == 16.0
-    chain = tuple(StageRef("1" * 16, b"f" * 32, first, first + 1, 4) for first in range(4))
-    assert limit_s(0.001, 4) > LEAST_S * (1 + 3 * HOP_PATIENCE), "the hop that is silent is named before"
-    assert limit_s(None, 4) > HopTimes().limit_s(chain, 1)

@@ -43,6 +43,7 @@ from swarmcpp.pipeline import calls
 from swarmcpp.pipeline.calls import StageBounds
 from swarmcpp.pipeline.contract import Pass, Passed, StageCaller, StageRef, StageTime
 from swarmcpp.pipeline.service import StageService
+from swarmcpp.route.patience import UNKNOWN_S
 from swarmcpp.swarm.endpoint import Responder
 from swarmcpp.swarm.identity import SwarmKey, new_node_keys, node_id
 from swarmcpp.swarm.mesh import Mesh
@@ -213,13 +214,23 @@ async def test_a_node_that_ends_in_the_middle_of_a_pass_is_named(chain: Chain, d
 
 
 @pytest.mark.parametrize("hung", [0, 1, 2])
-async def test_a_node_that_hangs_is_named_by_the_one_before_it(
-    chain: Chain, hung: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calls, "UNKNOWN_S", 0.6)
+async def test_a_node_that_hangs_is_named_by_the_one_before_it(chain: Chain, hung: int) -> None:
     await chain.open(SEQUENCE)
     chain.stages[hung].gate.clear()
-    assert await failure(chain.first, chain.work((part(3),), rows_of(3))) == (chain.nodes[hung].id, "peer_timeout")
+    work = replace(chain.work((part(3),), rows_of(3)), limit_s=0.6)
+    assert await failure(chain.first, work) == (chain.nodes[hung].id, "peer_timeout")
+
+
+async def test_a_stage_that_takes_all_the_time_names_itself_and_sends_nothing_on(chain: Chain) -> None:
+    await chain.open(SEQUENCE)
+    node, stage = chain.nodes[1], chain.stages[1]
+    stage.gate.clear()
+    running = asyncio.create_task(failure(chain.first, chain.work((part(3),), rows_of(3))))
+    await until(lambda: len(stage.begun) == 1, "it is there")
+    node.clock.advance(UNKNOWN_S)
+    stage.gate.set()
+    assert await running == (node.id, "peer_timeout")
+    assert not chain.stages[2].begun
 
 
 async def test_what_a_stage_fails_with_is_told_with_its_node(chain: Chain) -> None:

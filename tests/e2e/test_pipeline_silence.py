@@ -1,0 +1,73 @@
+"""A stage whose engine hangs while its node gives news as ever: the stage is named, and its double takes its place."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import aiohttp
+import psutil
+import pytest
+from pipeline_process import Pipeline, pipeline
+from serve_client import Heard, complete, completion, listen, until
+from serve_process import ServeProcess
+
+pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
+
+DataDirMaker = Callable[[], Path]
+
+WORDS = "The dog ran to the big tree and saw a cat in the sun. "
+TOKENS = 30
+PAUSE_S = 12.0
+"""A stage that says nothing for 3 s is taken for lost; the rest is for a machine that does other things."""
+
+
+@pytest.fixture
+def trio(stories: Path, new_data_dir: DataDirMaker) -> Iterator[Pipeline]:
+    """Ann is the head; Bob and Cid hold the same later layers."""
+    with pipeline(stories, new_data_dir, ("0-3", "3-5", "3-5"), copies=("Cid",)) as whole:
+        yield whole
+
+
+async def stage_in_use(trio: Pipeline, http: aiohttp.ClientSession) -> str:
+    """Which of the two a request goes through now."""
+    heard = Heard()
+    running = asyncio.create_task(listen(http, trio["Ann"].url, completion("Tom saw a tree", 200), heard))
+    await until(lambda: bool(heard.pieces), "text")
+    name = trio.in_use("Bob", "Cid")[0]
+    await running
+    await asyncio.to_thread(trio.wait_idle)
+    return name
+
+
+async def test_the_first_pass_of_a_size_that_is_not_answered(
+    trio: Pipeline, stories_server: ServeProcess, http: aiohttp.ClientSession
+) -> None:
+    """Nothing is known of how long such a pass takes, at the head and at the hop, which must not give up in the wrong
+    order: the head, which is next to its own stage, would name that."""
+    name = await stage_in_use(trio, http)
+    names = {row["id"]: row["name"] for row in trio["Ann"].swarm()["nodes"]}
+    pid = trio[name].engine_pid()
+    assert pid is not None
+    hung = psutil.Process(pid)
+    hung.suspend()
+    try:
+        for times in range(1, 6):
+            body = completion(WORDS * times, TOKENS)
+            heard = await listen(http, trio["Ann"].url, body, Heard())
+            assert (heard.finish, heard.done, heard.error) == ("length", True, None)
+            assert heard.text == await complete(http, stories_server.url, body)
+            assert heard.longest_gap_s < PAUSE_S
+            if failovers := trio.failovers("Ann"):
+                break
+        else:
+            pytest.fail("five requests went round the stage that hangs")
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            hung.resume()
+    told = [(names[found[1]], found[2]) for line in failovers if (found := re.search(r"node=(\w+) reason=(\w+)", line))]
+    assert told == [(name, "peer_timeout")], failovers
