@@ -1,6 +1,7 @@
 """The vocabulary that every layer shares: requests, events, plans, and the Protocols where siblings meet.
 
-Standard library only. Everything here is frozen: what crosses a module boundary is never mutated.
+Standard library only, and msgspec for what crosses processes by the thousand. Everything here is frozen: what crosses
+a module boundary is never mutated.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+import msgspec
 
 FinishReason = Literal["stop", "length"]
 """Why a generation ended: an end-of-generation token or stop string; or max_tokens or the slot's context."""
@@ -56,6 +59,43 @@ class GenerateRequest:
     """Seconds that the whole request may take, from admission; None: no limit."""
 
 
+class Token(msgspec.Struct, frozen=True, array_like=True):
+    """One token that was sampled. `logprob` is the natural logarithm of its probability before any sampler, and `top`
+    are (id, the same) of the likeliest; neither is there unless the request asked for it."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+Sampled = tuple[tuple[Token, ...], ...]
+"""What a pass brought: the tokens of each part of it with outputs, in their order."""
+
+
+class TokenPart(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens of one request that are told together; `finish` is set with its last ones.
+
+    `cached_tokens` of the prompt came from `tier`, as in `Usage`; `queue_s`, `prefill_s`, `fetch_s` are seconds spent
+    waiting for a slot, from slot to first token, and before both waiting for blocks of peers. All of these are set with
+    the first token only.
+    """
+
+    tokens: tuple[Token, ...]
+    finish: FinishReason | None = None
+    cached_tokens: int = 0
+    tier: str = ""
+    bad_blocks: bool = False
+    """Not all blocks that came with the request were sound; the arena should drop those after `cached_tokens`."""
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    fetch_s: float = 0.0
+
+    @property
+    def ids(self) -> list[int]:
+        """Of its tokens."""
+        return [token.id for token in self.tokens]
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Token counts of one finished request. `cached_tokens` of the prompt were not computed again."""
@@ -96,7 +136,7 @@ class TextEvent:
     """
 
     text: str
-    tokens: tuple[int, ...]
+    tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,12 +332,12 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Consecutive rows of one slot: `tokens` at positions from `start`; `output` asks for the last one's logits."""
+    """Consecutive rows of one slot: `tokens` at positions from `start`; logits of the last `outputs` are wanted."""
 
     slot: int
     start: int
     tokens: Sequence[int]
-    output: bool
+    outputs: int
 
 
 class SamplerLike(Protocol):
@@ -328,66 +368,3 @@ class BlockFile(Protocol):
     def write(self, slot: int, payload: memoryview) -> bool:
         """Put a payload into an arena slot that the node granted; False when that cannot be done."""
         ...
-
-
-class Backend(Protocol):
-    """One model with its context, as the engine loop drives it. Used by one thread."""
-
-    n_slots: int
-    n_ctx: int
-    """Tokens that one slot holds."""
-    max_rows: int
-    """Rows of one `decode` at most."""
-    eog_tokens: frozenset[int]
-
-    def sampler(self, request: GenerateRequest) -> SamplerLike:
-        """A sampler that goes on after `request.generated`."""
-        ...
-
-    def decode(self, rows: Sequence[Rows]) -> None:
-        """Compute rows; their KV is appended to their slots.
-
-        Raises DecodeAborted (some rows may be in the KV: truncate before going on) and DecodeFailed (unusable).
-        """
-        ...
-
-    def sample(self, sampler: SamplerLike, slot: int) -> int:
-        """The next token after the last row of `slot` in the last decode, which must have asked for output."""
-        ...
-
-    def truncate(self, slot: int, n_past: int) -> None:
-        """Forget the slot's positions from `n_past`."""
-        ...
-
-    def length(self, slot: int) -> int:
-        """Tokens in the slot's KV."""
-        ...
-
-    def copy_prefix(self, source: int, target: int, n_tokens: int) -> None:
-        """Replace the KV of slot `target` by the first `n_tokens` of slot `source`."""
-        ...
-
-    def load_blocks(self, slot: int, blocks: Sequence[BlockRef]) -> int:
-        """Replace a slot's KV by that of `blocks`; how many of them were sound and are loaded, from the first."""
-        ...
-
-    def store_blocks(self, slot: int, grants: Sequence[tuple[int, int]]) -> list[tuple[int, bytes]]:
-        """Write blocks of a slot's KV into the arena; grants are (block number, arena slot).
-
-        Returns (arena slot, BLAKE3 of the payload) of each that was written; values that are not finite are not.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class TokenPart:
-    """Tokens of a delegated request, as they come. The first one carries what the head knows about its beginning."""
-
-    tokens: tuple[int, ...]
-    finish: FinishReason | None = None
-    cached_tokens: int = 0
-    tier: str = ""
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    fetch_s: float = 0.0
-    """Seconds spent on fetching blocks from peers."""

@@ -18,6 +18,7 @@ from swarmcpp.core import (
     NodeSnapshot,
     TextEvent,
     Timings,
+    Token,
     Usage,
 )
 from swarmcpp.errors import NotReady, QueueFull, SwarmError, UnknownModel
@@ -127,7 +128,7 @@ class FakeService:
             pieces = [text[start : start + self.event_chars] for start in range(0, len(text), self.event_chars)]
             for index, piece in enumerate(pieces):
                 await self._step(index)
-                yield TextEvent(piece, tuple(piece.encode()))
+                yield TextEvent(piece, tuple(map(Token, piece.encode())))
             await self._step(len(pieces))
             self.finished.append(request.id)
             yield done

@@ -7,16 +7,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_backend import FakeBackend, FakeLink
 
-from swarmcpp.core import Backend, GenerateRequest, SamplingParams
+from swarmcpp.core import FinishReason, GenerateRequest, Sampled, SamplingParams, Token, TokenPart
 from swarmcpp.engine.abortflag import AbortFlag
+from swarmcpp.engine.backend import WholeBackend
 from swarmcpp.engine.loop import Engine
 from swarmcpp.engine.scheduler import Policy, Scheduler
 from swarmcpp.testing import FakeClock
-from swarmcpp.wire.engine import Submit, ToEngine, TokenOut
+from swarmcpp.wire.engine import Submit, ToEngine
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -40,6 +42,19 @@ def request(
     return GenerateRequest("r", "m", tuple(prompt), max_tokens, sampling, generated=tuple(generated))
 
 
+def part_of(ids: Sequence[int], finish: FinishReason | None = None, **report: Any) -> TokenPart:
+    return TokenPart(tuple(map(Token, ids)), finish, **report)
+
+
+def sampled_of(*ids: int) -> Sampled:
+    """A token of each part of a pass."""
+    return tuple((Token(each),) for each in ids)
+
+
+def ids_of(sampled: Sampled) -> list[int]:
+    return [token.id for tokens in sampled for token in tokens]
+
+
 def prompt_of(length: int, seed: int = 0, n_vocab: int = 90) -> tuple[int, ...]:
     """`length` token ids that differ between seeds."""
     return tuple((seed * 31 + index * (7 + seed)) % n_vocab for index in range(length))
@@ -58,7 +73,7 @@ class Rig:
     """An engine on fakes for its link and clock, driven step by step."""
 
     engine: Engine
-    backend: Backend
+    backend: WholeBackend
     link: FakeLink
     clock: FakeClock
     abort: AbortFlag
@@ -94,11 +109,11 @@ class Rig:
             assert self.backend.open_samplers == 0
 
     def tokens(self, serial: int) -> list[int]:
-        return [out.token for out in self.link.outputs(serial)]
+        return [token for part in self.link.outputs(serial) for token in part.ids]
 
     def finish(self, serial: int) -> str | None:
         """The one finish reason; checks that it is on the last token and only there."""
-        outs: list[TokenOut] = self.link.outputs(serial)
+        outs: list[TokenPart] = self.link.outputs(serial)
         assert all(out.finish is None for out in outs[:-1]), "a token after the end"
         return outs[-1].finish if outs else None
 
@@ -107,7 +122,7 @@ RigMaker = Callable[..., Rig]
 
 
 def make_rig(
-    backend: Backend,
+    backend: WholeBackend,
     abort_file: Path,
     policy: Policy | None = None,
     clock: FakeClock | None = None,

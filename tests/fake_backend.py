@@ -1,4 +1,4 @@
-"""A model without a model: a strict `core.Backend`, a scripted `EngineLink`, and a clock that decodes move."""
+"""A model without a model: a strict `WholeBackend`, a scripted `EngineLink`, and a clock that decodes move."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from swarmcpp.core import BlockFile, BlockRef, GenerateRequest, Rows, SamplerLike
+from swarmcpp.core import BlockFile, BlockRef, GenerateRequest, Rows, SamplerLike, Token, TokenPart
 from swarmcpp.errors import DecodeAborted, DecodeFailed
 from swarmcpp.testing import FakeClock
-from swarmcpp.wire.engine import FromEngine, Refused, StepOut, ToEngine, TokenOut
+from swarmcpp.wire.engine import FromEngine, Refused, StepOut, ToEngine
 
 
 def next_token(tokens: Sequence[int], n_vocab: int, draw: tuple[int, int] | None = None) -> int:
@@ -96,7 +96,8 @@ class FakeBackend:
     open_samplers: int = 0
     batches: list[tuple[Rows, ...]] = field(default_factory=list)
     kv: list[list[int]] = field(init=False)
-    _outputs: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    _outputs: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
+    """By slot: all tokens up to each output."""
 
     def __post_init__(self) -> None:
         self.kv = [[] for _ in range(self.n_slots)]
@@ -123,8 +124,9 @@ class FakeBackend:
             # Of an aborted batch, whole ubatches stay: here every other part, so that truncation is needed.
             if not aborted or index % 2 == 0:
                 self.kv[part.slot].extend(part.tokens)
-            if part.output and not aborted:
-                self._outputs[part.slot] = tuple(self.kv[part.slot])
+            if part.outputs and not aborted:
+                kv = self.kv[part.slot]
+                self._outputs[part.slot] = [tuple(kv[: len(kv) - n]) for n in reversed(range(part.outputs))]
         if aborted:
             raise DecodeAborted("told to abort")
 
@@ -139,12 +141,12 @@ class FakeBackend:
             assert part.start == len(self.kv[part.slot]), f"slot {part.slot}: rows are not contiguous"
             assert part.start + len(part.tokens) <= self.n_ctx, f"slot {part.slot} overflows"
 
-    def sample(self, sampler: SamplerLike, slot: int) -> int:
+    def sample(self, sampler: SamplerLike, slot: int, output: int = 0) -> Token:
         assert isinstance(sampler, FakeSampler)
         assert not sampler.closed, "a closed sampler is used"
         draw = None if sampler.seed is None else (sampler.seed, sampler.drawn)
         sampler.drawn += 1
-        return next_token(self._outputs.pop(slot), self.n_vocab, draw)
+        return Token(next_token(self._outputs[slot].pop(output), self.n_vocab, draw))
 
     def truncate(self, slot: int, n_past: int) -> None:
         del self.kv[slot][n_past:]
@@ -213,10 +215,10 @@ class FakeLink:
     def send(self, message: FromEngine) -> None:
         self.outbox.append(message)
 
-    def outputs(self, serial: int) -> list[TokenOut]:
-        """Tokens that the engine reported for a request, in order."""
+    def outputs(self, serial: int) -> list[TokenPart]:
+        """What the engine reported of a request, in order."""
         steps = [message for message in self.outbox if isinstance(message, StepOut)]
-        return [out for step in steps for out in step.tokens if out.serial == serial]
+        return [out.part for step in steps for out in step.tokens if out.serial == serial]
 
     def refusals(self) -> list[Refused]:
         """Every refusal, in order."""

@@ -28,12 +28,12 @@ def generate(
     sampler = backend.sampler(request(prompt, count, sampling=sampling, generated=generated))
     try:
         tokens = list(generated)
-        backend.decode([Rows(0, 0, list(prompt), output=True)])
+        backend.decode([Rows(0, 0, list(prompt), outputs=1)])
         for index, token in enumerate(generated):
-            backend.decode([Rows(0, len(prompt) + index, [token], output=True)])
+            backend.decode([Rows(0, len(prompt) + index, [token], outputs=1)])
         while len(tokens) < len(generated) + count:
-            tokens.append(backend.sample(sampler, 0))
-            backend.decode([Rows(0, len(prompt) + len(tokens) - 1, [tokens[-1]], output=True)])
+            tokens.append(backend.sample(sampler, 0).id)
+            backend.decode([Rows(0, len(prompt) + len(tokens) - 1, [tokens[-1]], outputs=1)])
         return tokens[len(generated) :]
     finally:
         sampler.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from engine_support import sampled_of
 from fake_backend import FakeBlockFile
 
 from swarmcpp.core import BlockRef, GenerateRequest, SamplingParams
@@ -163,7 +164,7 @@ class ThreadStage:
         rows = encode_rows(hidden, work.wire)
         onward = replace(work, encoding=work.wire, rows=rows, onward=work.onward[1:])
         rest = await self._others[work.onward[0]].run(onward)
-        return Passed(rest.ids, (time, *rest.times))
+        return Passed(rest.tokens, (time, *rest.times))
 
     def _run(self, work: Pass) -> tuple[tuple[int, ...], np.ndarray]:
         self.before(self, work)
@@ -176,7 +177,7 @@ class ThreadStage:
             if part.start > there.length:
                 raise StageLost(f"rows from {part.start} of a sequence that ends at {there.length}")
             self.context.context.truncate(there.seq, part.start)
-            parts.append(StageRows(there.seq, part.start, rows[begin : begin + part.count], part.output))
+            parts.append(StageRows(there.seq, part.start, rows[begin : begin + part.count], part.outputs))
             begin += part.count
         order = sorted(range(len(parts)), key=lambda index: parts[index].slot)
         hidden = self.context.decode([parts[index] for index in order])
@@ -186,12 +187,12 @@ class ThreadStage:
             pieces = np.split(hidden, np.cumsum([len(parts[index].rows) for index in order])[:-1])
             back = dict(zip(order, pieces, strict=True))
             return (), np.concatenate([back[index] for index in range(len(parts))])
-        outputs = [there for part, there in zip(work.parts, held, strict=True) if part.output]
-        return tuple(self._sample(there) for there in outputs), hidden
+        outputs = [there for part, there in zip(work.parts, held, strict=True) if part.outputs]
+        return sampled_of(*(self._sample(there) for there in outputs)), hidden
 
     def _sample(self, held: Held) -> int:
         assert held.sampler is not None
-        return held.sampler.sample(self.context.context, self.context.output_row(held.seq))
+        return held.sampler.sample(self.context.context, self.context.outputs[held.seq][-1])
 
     async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:
         await self._on_thread(self._store, sequence, epoch, keys)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from engine_support import sampled_of
 from swarm_support import Peers, pong
 
 from swarmcpp.core import GenerateRequest, Limits
-from swarmcpp.errors import StageFailed, StageLost, SwarmError
+from swarmcpp.errors import StageFailed, StageLost
 from swarmcpp.pipeline.calls import StageBounds
 from swarmcpp.pipeline.contract import Pass, Passed, StageCaller, StageRef
 from swarmcpp.pipeline.service import StageService
+from swarmcpp.supervisor.books import Computed, ComputeDone
 from swarmcpp.swarm.endpoint import Endpoint, Responder
 from swarmcpp.swarm.identity import new_node_keys, node_id
 from swarmcpp.swarm.peerlink import PeerLink
@@ -94,7 +96,7 @@ class SumStage:
         encoding: RowEncoding,
         rows: bytes | memoryview,
         reply: RowEncoding,
-        done: Callable[[tuple[tuple[int, ...], bytes | None, float, float] | SwarmError], None],
+        done: ComputeDone,
     ) -> None:
         self.begun.append(tuple(parts))
         self.encodings.append((encoding, reply))
@@ -107,7 +109,8 @@ class SumStage:
                 await asyncio.sleep(0)
             if before:
                 await asyncio.wait((before,))
-            done((tuple(ids), None, 0.5, 0.25) if self.ref.is_tail else ((), out.tobytes(), 0.5, 0.25))
+            tail = self.ref.is_tail
+            done(Computed(sampled_of(*ids) if tail else (), None if tail else out.tobytes(), 0.5, 0.25))
 
         self.last = asyncio.create_task(end())
 
@@ -122,7 +125,7 @@ class SumStage:
             self.kv[part.sequence] = (part.epoch, known)
             results.append(done)
             at += part.count
-            if part.output:
+            if part.outputs:
                 ids.append(token(known))
         return ids, np.concatenate(results)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
+from engine_support import ids_of
+
 from swarmcpp.core import GenerateRequest
 from swarmcpp.engine.stageloop import StageLoop
 from swarmcpp.llama.context import ContextOptions, Model
@@ -104,12 +106,12 @@ class Chain:
         self,
         work: Mapping[int, tuple[int, Sequence[int]]],
         *,
-        output: bool = True,
+        outputs: int = 1,
         places: Mapping[int, int] = MappingProxyType({}),
     ) -> dict[int, int]:
         """Compute (start, tokens) of each serial in one pass; the token after each."""
         parts = tuple(
-            RunPart(serial, start, len(tokens), output, places.get(serial, -1))
+            RunPart(serial, start, len(tokens), outputs, places.get(serial, -1))
             for serial, (start, tokens) in work.items()
         )
         tokens = [token for _, each in work.values() for token in each]
@@ -122,7 +124,7 @@ class Chain:
             assert (ran.run, ran.code, ran.message) == (self._runs, "", "")
             encoding = self.wire
         assert frame is None
-        return dict(zip(work, ran.ids, strict=True)) if output else {}
+        return dict(zip(work, ids_of(ran.tokens), strict=True)) if outputs else {}
 
     def greedy(self, requests: Mapping[int, GenerateRequest], steps: int) -> dict[int, list[int]]:
         """`steps` tokens of each serial, whose prompts are computed one by one and whose answers together."""

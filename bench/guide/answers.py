@@ -34,12 +34,12 @@ class Guide:
         sampler = backend.sampler(request)
         said: list[int] = []
         try:
-            backend.decode([Rows(0, 0, prompt, output=True)])
+            backend.decode([Rows(0, 0, prompt, outputs=1)])
             while len(said) < MOST:
-                token = backend.sample(sampler, 0)
+                token = backend.sample(sampler, 0).id
                 if token in self._eog:
                     return self.text(said), True
-                backend.decode([Rows(0, len(prompt) + len(said), [token], output=True)])
+                backend.decode([Rows(0, len(prompt) + len(said), [token], outputs=1)])
                 said.append(token)
         finally:
             sampler.close()

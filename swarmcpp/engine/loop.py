@@ -1,7 +1,7 @@
 """The engine loop: receive, then plan, run and commit one step, as long as there is work.
 
-Single-threaded and synchronous. It reaches the model through `core.Backend` and its node through `EngineLink`, so
-the same loop runs under a fake model, in a benchmark without HTTP, and in a worker process.
+Single-threaded and synchronous. It reaches the model through `WholeBackend` and its node through `EngineLink`, so the
+same loop runs under a fake model, in a benchmark without HTTP, and in a worker process.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from swarmcpp.core import Backend, Chunk, Clock, EngineStats, FinishReason, Rows
+from swarmcpp.core import Chunk, Clock, EngineStats, Rows
 from swarmcpp.engine.abortflag import AbortFlag
+from swarmcpp.engine.backend import WholeBackend
 from swarmcpp.engine.prefix import Placement, pack, place
 from swarmcpp.engine.scheduler import Scheduler
+from swarmcpp.engine.sequence import gap
 from swarmcpp.engine.slots import Running, Slot, Waiting
 from swarmcpp.errors import DecodeAborted, PromptTooLong, SwarmError
 from swarmcpp.telemetry import diag
@@ -44,9 +46,6 @@ OFFER_S = 0.005
 """How long an engine that has nothing to compute leaves its node for an answer about blocks, before it lets the slot
 that has them go. One that computes leaves it a step."""
 
-WORTH_A_MOVE = 16
-"""Tokens that an answer may still have for a move of its slot to pay."""
-
 
 class Engine:
     """Owner of the slots and of everything that waits for one.
@@ -56,7 +55,7 @@ class Engine:
 
     def __init__(
         self,
-        backend: Backend,
+        backend: WholeBackend,
         link: EngineLink,
         scheduler: Scheduler,
         abort: AbortFlag,
@@ -198,7 +197,7 @@ class Engine:
             sampler=self._backend.sampler(request),
             tokens=[*request.prompt, *request.generated],
             queue_s=now - waiting.arrived_s,
-            admitted_s=now,
+            begun_s=now,
             n_past=cached,
             cached=cached,
             tier=placement.tier if cached else "",
@@ -206,23 +205,18 @@ class Engine:
         )
 
     def _close_gap(self) -> None:
-        """Move the last decoding slot into a gap between running slots.
-
-        llama.cpp computes only neighbouring streams together: every gap between running slots reads the weights once
-        more in every step, while a move costs a few milliseconds once.
-        """
+        """Move the last decoding slot into a gap between running slots."""
         busy = [slot.index for slot in self._slots if slot.running]
-        if not self._block_tokens or not busy or busy[-1] - busy[0] < len(busy):
+        free = gap(busy, min(busy)) if busy and self._block_tokens else None
+        if free is None:
             return
-        last = self._slots[busy[-1]]
-        gap = next(slot for slot in self._slots[busy[0] :] if not slot.running)
+        target, last = self._slots[free], self._slots[max(busy)]
         running = self._running(last.index)
-        answered = len(running.tokens) - len(running.request.prompt)
-        if gap.offered or running.remaining or running.request.max_tokens - answered < WORTH_A_MOVE:
+        if target.offered or not running.worth_a_move:
             return
-        self._backend.copy_prefix(last.index, gap.index, running.n_past)
+        self._backend.copy_prefix(last.index, target.index, running.n_past)
         self._backend.truncate(last.index, 0)
-        gap.take(last)
+        target.take(last)
 
     def _fetch(self, waiting: Waiting, placement: Placement, slot: Slot) -> int:
         """Bring the cached beginning of a prompt into `slot`; tokens that are there now."""
@@ -276,7 +270,7 @@ class Engine:
 
     def _rows(self, chunk: Chunk) -> Rows:
         tokens = self._running(chunk.slot).tokens[chunk.start : chunk.start + chunk.count]
-        return Rows(chunk.slot, chunk.start, tokens, output=chunk.last)
+        return Rows(chunk.slot, chunk.start, tokens, outputs=int(chunk.last))
 
     def _learn(self, chunks: Sequence[Chunk], seconds: float, *, decode: bool) -> None:
         self._scheduler = self._scheduler.learned(chunks, seconds, decode=decode)
@@ -291,36 +285,14 @@ class Engine:
         self._report([self._sample(self._slots[chunk.slot]) for chunk in chunks if chunk.last])
 
     def _sample(self, slot: Slot) -> TokenOut:
-        running = self._running(slot.index)
-        token = self._backend.sample(running.sampler, slot.index)
-        running.tokens.append(token)
-        running.sampled += 1
-        finish = self._finish(running, token)
+        running, backend = self._running(slot.index), self._backend
+        token = backend.sample(running.sampler, slot.index)
+        part = running.accept((token,), backend.eog_tokens, backend.n_ctx, self._clock())
         if running.sampled == 1:
             self._announce(slot)
-            out = TokenOut(
-                serial=running.serial,
-                token=token,
-                finish=finish,
-                cached_tokens=running.cached,
-                tier=running.tier,
-                bad_blocks=running.bad_blocks,
-                queue_s=running.queue_s,
-                prefill_s=self._clock() - running.admitted_s,
-            )
-        else:
-            out = TokenOut(serial=running.serial, token=token, finish=finish)
-        if finish:
+        if part.finish:
             self._release(slot)
-        return out
-
-    def _finish(self, running: Running, token: int) -> FinishReason | None:
-        request = running.request
-        if token in self._backend.eog_tokens and not request.sampling.ignore_eos:
-            return "stop"
-        if len(request.generated) + running.sampled >= request.max_tokens:
-            return "length"
-        return "length" if len(running.tokens) >= self._backend.n_ctx else None
+        return TokenOut(running.serial, part)
 
     def _running(self, index: int) -> Running:
         running = self._slots[index].running

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from swarmcpp.core import BlockRef, GenerateRequest, SamplerLike
-from swarmcpp.engine.prefix import Held, Tier, pack
-from swarmcpp.engine.scheduler import TILE_ROWS, SlotView
+from swarmcpp.engine.prefix import Held, pack
+from swarmcpp.engine.scheduler import SlotView
+from swarmcpp.engine.sequence import Generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,27 +21,11 @@ class Waiting:
     arrived_s: float
 
 
-@dataclass(slots=True)
-class Running:
-    """A request in a slot. `tokens` is its prompt and what was generated; the first `n_past` are in the KV."""
+@dataclass(slots=True, eq=False, kw_only=True)
+class Running(Generation):
+    """A request in a slot."""
 
-    serial: int
-    request: GenerateRequest
     sampler: SamplerLike
-    tokens: list[int]
-    queue_s: float
-    admitted_s: float
-    n_past: int = 0
-    sampled: int = 0
-    """Tokens that this engine sampled for the request."""
-    cached: int = 0
-    tier: Tier = ""
-    bad_blocks: bool = False
-
-    @property
-    def remaining(self) -> int:
-        """Prompt tokens still to prefill; 0 once it decodes."""
-        return 0 if self.sampled else len(self.tokens) - self.n_past
 
 
 @dataclass(slots=True)
@@ -76,11 +61,7 @@ class Slot:
 
     def view(self) -> SlotView | None:
         """What the scheduler may know; None when free."""
-        if self.running is None:
-            return None
-        running = self.running
-        tile_end = len(running.request.prompt) // TILE_ROWS * TILE_ROWS
-        return SlotView(self.index, running.serial, running.n_past, running.remaining, tile_end)
+        return self.running.view(self.index) if self.running else None
 
     def as_held(self) -> Held:
         """What the placement of other requests may know."""

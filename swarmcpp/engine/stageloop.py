@@ -10,15 +10,14 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from swarmcpp.core import BlockRef, Clock, GenerateRequest, SamplerLike
+from swarmcpp.core import Clock, Sampled, SamplerLike
+from swarmcpp.engine.backend import FloatRows, StageBackend
 from swarmcpp.errors import DecodeFailed, QueueFull, StageLost, SwarmError, WireError
 from swarmcpp.telemetry import diag
-from swarmcpp.wire.codec import Buffer, RowEncoding
+from swarmcpp.wire.codec import Buffer
 from swarmcpp.wire.engine import (
     BlocksStored,
     Cancel,
@@ -36,7 +35,6 @@ from swarmcpp.wire.engine import (
 
 logger = logging.getLogger(__name__)
 
-FloatRows = npt.NDArray[np.float32]
 
 IDLE_POLL_S = 5.0
 """How long an idle engine sleeps in its inbox before it checks its invariants again."""
@@ -45,62 +43,13 @@ MAX_FAILURES = 3
 """Calls of llama.cpp that fail one after another before its context is given up, and the engine with it."""
 
 
-class StageBackend(Protocol):
-    """One slice with its context, as the loop drives it; what `core.Backend` has by the same name is the same. Used by
-    one thread."""
-
-    n_slots: int
-    n_ctx: int
-    max_rows: int
-    n_embd: int
-    is_tail: bool
-
-    def compute(self, slots: Sequence[int], parts: Sequence[RunPart], rows: FloatRows) -> FloatRows:
-        """Compute rows, which must continue the KV of the slots. What comes out, shape (rows of all parts, n_embd), in
-        the order of what goes in; at the tail none.
-
-        Raises DecodeFailed: truncate before going on.
-        """
-        ...
-
-    def finite(self, slot: int) -> bool:
-        """Whether all logits after the last row of `slot` are finite. Tail only."""
-        ...
-
-    def encode(self, rows: FloatRows, encoding: RowEncoding) -> Buffer:
-        """See llama/rows.py. Raises WireError."""
-        ...
-
-    def decode_frame(self, frame: Buffer, n: int, encoding: RowEncoding) -> FloatRows:
-        """See llama/rows.py. Raises WireError."""
-        ...
-
-    def sampler(self, request: GenerateRequest) -> SamplerLike: ...
-
-    def sample(self, sampler: SamplerLike, slot: int) -> int: ...
-
-    def truncate(self, slot: int, n_past: int) -> None: ...
-
-    def length(self, slot: int) -> int: ...
-
-    def copy_prefix(self, source: int, target: int, n_tokens: int) -> None: ...
-
-    def exchange(self, first: int, second: int) -> None:
-        """Let two slots have each other's KV."""
-        ...
-
-    def load_blocks(self, slot: int, blocks: Sequence[BlockRef]) -> int: ...
-
-    def store_blocks(self, slot: int, grants: Sequence[tuple[int, int]]) -> list[tuple[int, bytes]]: ...
-
-
 @dataclass(slots=True)
-class Opened:
+class StageSequence:
     """A head's sequence. `length` tokens are in the KV of `slot`."""
 
     slot: int
     length: int = 0
-    wanted: int = -1
+    place: int = -1
     """The slot that its head wants for it."""
     sampler: SamplerLike | None = None
 
@@ -125,7 +74,7 @@ class StageLoop:
         """When the last pass was answered."""
         self._gap_s = math.inf
         """How long after an answer the last pass came."""
-        self._sequences: dict[int, Opened] = {}
+        self._sequences: dict[int, StageSequence] = {}
         """By serial."""
         self._arena = False
         self._failures = 0
@@ -181,7 +130,7 @@ class StageLoop:
             raise WireError(f"{used} tokens do not fit into a sequence of {n_ctx} with an answer")
         found = self._sequences.get(message.serial)
         if found is None:
-            found = self._sequences[message.serial] = Opened(self._free_slot())
+            found = self._sequences[message.serial] = StageSequence(self._free_slot())
         loaded, bad = 0, False
         if found.length < message.tokens:
             # Blocks that cannot be reached are not damaged, which loading them in vain would say.
@@ -209,31 +158,31 @@ class StageLoop:
             self._close_sampler(sequence)
             self._cut(sequence, 0)
 
-    def _close_sampler(self, sequence: Opened) -> None:
+    def _close_sampler(self, sequence: StageSequence) -> None:
         if sequence.sampler:
             sequence.sampler.close()
             sequence.sampler = None
 
-    def _cut(self, sequence: Opened, length: int) -> None:
+    def _cut(self, sequence: StageSequence, length: int) -> None:
         self._backend.truncate(sequence.slot, length)
         sequence.length = length
 
-    def _settle(self, parts: Sequence[RunPart], sequences: Sequence[Opened]) -> None:
+    def _settle(self, parts: Sequence[RunPart], sequences: Sequence[StageSequence]) -> None:
         """Bring sequences to the places that their head wants them at, but not those that are at theirs away."""
         for part, sequence in zip(parts, sequences, strict=True):
-            sequence.wanted = part.place
-        if all(sequence.wanted in (-1, sequence.slot) for sequence in sequences):
+            sequence.place = part.place
+        if all(sequence.place in (-1, sequence.slot) for sequence in sequences):
             return
         at = {sequence.slot: sequence for sequence in self._sequences.values()}
         for sequence in sequences:
-            wanted = sequence.wanted
-            if wanted == sequence.slot or not 0 <= wanted < self._backend.n_slots:
+            place = sequence.place
+            if place == sequence.slot or not 0 <= place < self._backend.n_slots:
                 continue
-            other = at.get(wanted)
-            if other is None or other.wanted != wanted:
-                self._move(at, sequence, wanted)
+            other = at.get(place)
+            if other is None or other.place != place:
+                self._move(at, sequence, place)
 
-    def _move(self, at: dict[int, Opened], sequence: Opened, target: int) -> None:
+    def _move(self, at: dict[int, StageSequence], sequence: StageSequence, target: int) -> None:
         """Move a sequence to a slot, and who has that to its own; neither, when KV cannot be moved."""
         source, other = sequence.slot, at.get(target)
         if sequence.length or (other is not None and other.length):
@@ -256,7 +205,7 @@ class StageLoop:
         begun = self._clock()
         self._gap_s = begun - self._answered
         try:
-            ids, rows, neighbours = self._run(message, frame)
+            tokens, rows, neighbours = self._run(message, frame)
         except (StageLost, WireError, DecodeFailed) as error:
             self._link.send(Ran(run=message.run, code=error.code, message=str(error)))
             self._answered = self._clock()
@@ -265,13 +214,13 @@ class StageLoop:
             return
         seconds = self._clock() - begun
         count = sum(part.count for part in message.parts)
-        self._link.send(Ran(run=message.run, ids=ids, seconds=seconds, neighbours=neighbours), rows)
+        self._link.send(Ran(run=message.run, tokens=tokens, seconds=seconds, neighbours=neighbours), rows)
         self._answered = self._clock()
         # After it: whoever reads the line takes longer than the message does.
         diag(logger, "stage pass", rows=count, parts=len(message.parts), ms=round(1000 * seconds, 3))
 
-    def _run(self, message: Run, frame: Buffer | None) -> tuple[tuple[int, ...], Buffer | None, bool]:
-        """Token ids, or the frame of rows that goes on; and whether the sequences were neighbours."""
+    def _run(self, message: Run, frame: Buffer | None) -> tuple[Sampled, Buffer | None, bool]:
+        """Tokens, or the frame of rows that goes on; and whether the sequences were neighbours."""
         sequences = self._check(message.parts)
         count = sum(part.count for part in message.parts)
         rows = self._backend.decode_frame(b"" if frame is None else frame, count, message.encoding)
@@ -282,16 +231,16 @@ class StageLoop:
         slots = [sequence.slot for sequence in sequences]
         try:
             hidden = self._compute(slots, message.parts, rows)
-            ids, out = self._outcome(message, sequences, hidden)
+            tokens, out = self._outcome(message, sequences, hidden)
         except (DecodeFailed, WireError):
             for part, sequence in zip(message.parts, sequences, strict=True):
                 self._cut(sequence, part.start)
             raise
         for part, sequence in zip(message.parts, sequences, strict=True):
             sequence.length += part.count
-        return ids, out, max(slots) - min(slots) < len(slots)
+        return tokens, out, max(slots) - min(slots) < len(slots)
 
-    def _check(self, parts: Sequence[RunPart]) -> list[Opened]:
+    def _check(self, parts: Sequence[RunPart]) -> list[StageSequence]:
         """The sequences of the parts of a Run. Raises StageLost and WireError for what cannot be computed."""
         rows = sum(part.count for part in parts)
         if not 0 < rows <= self._backend.max_rows or any(part.count < 1 for part in parts):
@@ -300,7 +249,7 @@ class StageLoop:
             )
         if len({part.serial for part in parts}) < len(parts):
             raise WireError("two parts of one sequence in a pass")
-        found: list[Opened] = []
+        found: list[StageSequence] = []
         for part in parts:
             sequence = self._sequences.get(part.serial)
             if sequence is None or part.start > sequence.length:
@@ -310,7 +259,7 @@ class StageLoop:
                 raise WireError(
                     f"{part.count} rows from position {part.start}, where a sequence holds {self._backend.n_ctx}"
                 )
-            if part.output and self._backend.is_tail and sequence.sampler is None:
+            if part.outputs and self._backend.is_tail and sequence.sampler is None:
                 raise WireError("a token is wanted of a sequence that was opened without its request")
             found.append(sequence)
         return found
@@ -325,17 +274,17 @@ class StageLoop:
         return hidden
 
     def _outcome(
-        self, message: Run, sequences: Sequence[Opened], hidden: FloatRows
-    ) -> tuple[tuple[int, ...], Buffer | None]:
+        self, message: Run, sequences: Sequence[StageSequence], hidden: FloatRows
+    ) -> tuple[Sampled, Buffer | None]:
         if not self._backend.is_tail:
             if not np.isfinite(hidden).all():
                 raise DecodeFailed("values that are not finite came out of this stage")
             return (), self._backend.encode(hidden, message.reply)
-        asked = [sequence for part, sequence in zip(message.parts, sequences, strict=True) if part.output]
+        asked = [sequence for part, sequence in zip(message.parts, sequences, strict=True) if part.outputs]
         # Before anything is drawn: a pass that failed has not moved anybody's random numbers.
         if not all(self._backend.finite(sequence.slot) for sequence in asked):
             raise DecodeFailed("logits that are not finite came out of the last stage")
-        return tuple(self._backend.sample(s.sampler, s.slot) for s in asked if s.sampler), None
+        return tuple((self._backend.sample(s.sampler, s.slot),) for s in asked if s.sampler), None
 
     # -- blocks --------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The real `core.Backend`: a llama.cpp model, its context, its samplers and its KV behind slots."""
+"""The real `engine.backend.WholeBackend`: a llama.cpp model, its context, its samplers and its KV behind slots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from blake3 import blake3
 
 from swarmcpp._native import all_finite_f16
-from swarmcpp.core import BlockFile, BlockRef, GenerateRequest, KvLayout, Rows, SamplerLike
+from swarmcpp.core import BlockFile, BlockRef, GenerateRequest, KvLayout, Rows, SamplerLike, Token
 from swarmcpp.errors import SnapshotError, SwarmError
 from swarmcpp.llama.context import N_UBATCH, Context, Model
 from swarmcpp.llama.kvmemory import KvMemory
@@ -28,7 +28,8 @@ class LlamaBackend:
         self._model = model
         self._context = context
         self._block_tokens = block_tokens
-        self._output_rows: dict[int, int] = {}
+        self._outputs: dict[int, range] = {}
+        """Batch rows whose logits were asked for in the last call, by slot."""
         self._layout: KvLayout | None = None
         self._file: BlockFile | None = None
         self.n_slots = context.n_seqs
@@ -37,36 +38,36 @@ class LlamaBackend:
         self.eog_tokens = model.vocab.eog_tokens
 
     def sampler(self, request: GenerateRequest) -> SamplerLike:
-        """See `core.Backend`."""
+        """See `engine.backend.Backend`."""
         return Sampler(request.sampling, self._model.vocab, request.prompt, request.generated)
 
     def decode(self, rows: Sequence[Rows]) -> None:
-        """See `core.Backend`."""
+        """See `engine.backend.WholeBackend`."""
         batch = self._context.batch
         batch.clear()
-        self._output_rows.clear()
+        self._outputs.clear()
         for part in rows:
-            last = batch.add(part.slot, part.start, part.tokens, output_last=part.output)
-            if part.output:
-                self._output_rows[part.slot] = last
+            end = 1 + batch.add(part.slot, part.start, part.tokens, outputs=part.outputs)
+            if part.outputs:
+                self._outputs[part.slot] = range(end - part.outputs, end)
         self._context.decode()
 
-    def sample(self, sampler: SamplerLike, slot: int) -> int:
-        """See `core.Backend`."""
+    def sample(self, sampler: SamplerLike, slot: int, output: int = 0) -> Token:
+        """See `engine.backend.Backend`."""
         if not isinstance(sampler, Sampler):
             raise SwarmError(f"a {type(sampler).__name__} is not a sampler of this backend")
-        return sampler.sample(self._context, self._output_rows[slot])
+        return Token(sampler.sample(self._context, self._outputs[slot][output]))
 
     def logits(self, slot: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         """A copy of the logits after the last row of `slot`, shape (n_vocab,)."""
-        return self._context.logits(self._output_rows[slot])
+        return self._context.logits(self._outputs[slot][-1])
 
     def truncate(self, slot: int, n_past: int) -> None:
-        """See `core.Backend`."""
+        """See `engine.backend.Backend`."""
         self._context.truncate(slot, n_past)
 
     def length(self, slot: int) -> int:
-        """See `core.Backend`."""
+        """See `engine.backend.Backend`."""
         return self._context.length(slot)
 
     # -- KV ------------------------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ class LlamaBackend:
 
         Raises SnapshotError when the KV cannot be cut into blocks.
         """
-        self.decode([Rows(0, 0, [0], output=False)])
+        self.decode([Rows(0, 0, [0], outputs=0)])
         try:
             state = self._context.export(0)
             layout = learn_layout(state)
@@ -107,12 +108,12 @@ class LlamaBackend:
         return (kv and kv.part(slot, n_tokens)) or parse(self._context.export(slot), layout).part(n_tokens)
 
     def copy_prefix(self, source: int, target: int, n_tokens: int) -> None:
-        """See `core.Backend`."""
+        """See `engine.backend.Backend`."""
         part = self._part(source, n_tokens)
         self._context.restore(target, compose(self._known_layout(), target, [part]))
 
     def exchange(self, first: int, second: int) -> None:
-        """See `engine.stageloop.StageBackend`."""
+        """See `engine.backend.StageBackend`."""
         layout, lengths = self._known_layout(), [self.length(slot) for slot in (first, second)]
         # States are copies, so that neither restore overwrites what the other one reads.
         states = [
@@ -126,7 +127,7 @@ class LlamaBackend:
                 self._context.restore(target, state)
 
     def load_blocks(self, slot: int, blocks: Sequence[BlockRef]) -> int:
-        """See `core.Backend`."""
+        """See `engine.backend.Backend`."""
         layout = self._known_layout()
         payloads = np.empty((len(blocks), layout.token_bytes * self._block_tokens), np.uint8)
         sound = 0
@@ -146,7 +147,7 @@ class LlamaBackend:
         return sound
 
     def store_blocks(self, slot: int, grants: Sequence[tuple[int, int]]) -> list[tuple[int, bytes]]:
-        """See `core.Backend`."""
+        """See `engine.backend.Backend`."""
         if self._file is None or not grants:
             return []
         part = self._part(slot, (1 + max(number for number, _ in grants)) * self._block_tokens)

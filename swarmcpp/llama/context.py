@@ -216,12 +216,13 @@ class Batch:
         """Forget all rows."""
         self.count = 0
 
-    def add(self, seq: int, start: int, tokens: Sequence[int], *, output_last: bool) -> int:
-        """Append `tokens` of a sequence from position `start`; the index of its last row is returned."""
+    def add(self, seq: int, start: int, tokens: Sequence[int], *, outputs: int) -> int:
+        """Append `tokens` of a sequence from position `start`, with logits for the last `outputs` of them; the index of
+        its last row is returned."""
         begin, end = self._place(seq, start, len(tokens))
         self._tokens[begin:end] = tokens
         self._outputs[begin:end] = 0
-        self._outputs[end - 1] = output_last
+        self._outputs[end - outputs : end] = 1
         return end - 1
 
     def _place(self, seq: int, start: int, count: int) -> tuple[int, int]:

@@ -11,13 +11,11 @@ from pathlib import Path
 import llama_cpp.llama_cpp as c
 import numpy as np
 
-from swarmcpp.core import SamplerLike
-from swarmcpp.errors import BadModel, BadRequest, DecodeFailed, SwarmError
+from swarmcpp.errors import BadModel, BadRequest, DecodeFailed
 from swarmcpp.llama.backend import LlamaBackend
 from swarmcpp.llama.context import N_UBATCH, Batch, Context, ContextOptions, Model
 from swarmcpp.llama.convert import float_converter
 from swarmcpp.llama.rows import FloatRows, decode_rows, encode_rows
-from swarmcpp.llama.sampler import Sampler
 from swarmcpp.models.gguf_header import read_header
 from swarmcpp.models.inspect import inspect
 from swarmcpp.models.slicing import slice_of
@@ -68,13 +66,13 @@ class EmbeddingTable:
 class StageRows:
     """Rows of one slot for one decode: `rows` (n, n_embd) at positions from `start`.
 
-    `output`: the logits after the last row are wanted. Only a tail reads it; the others give every row.
+    `outputs`: the logits after so many of the last rows are wanted. Only a tail reads it; the others give every row.
     """
 
     slot: int
     start: int
     rows: FloatRows
-    output: bool
+    outputs: int
 
 
 class StageContext:
@@ -92,7 +90,8 @@ class StageContext:
         self.context = Context(model, options)
         self._batch = EmbeddingBatch(N_UBATCH, self.n_embd)
         self._taken = np.empty((N_UBATCH, self.n_embd), np.float32)
-        self._output_rows: dict[int, int] = {}
+        self.outputs: dict[int, range] = {}
+        """Batch rows whose logits were asked for in the last call, by slot. Tail only."""
 
     def decode(self, parts: Sequence[StageRows]) -> FloatRows:
         """Compute rows. Of a stage that is not the tail: the hidden rows, shape (rows of all parts, n_embd), in the
@@ -100,11 +99,12 @@ class StageContext:
         more than N_UBATCH rows or another width.
         """
         self._batch.clear()
-        self._output_rows.clear()
+        self.outputs.clear()
         for part in parts:
-            last = self._batch.add_rows(part.slot, part.start, part.rows, every=not self.is_tail, last=part.output)
-            if part.output:
-                self._output_rows[part.slot] = last
+            wanted = part.outputs if self.is_tail else len(part.rows)
+            end = 1 + self._batch.add_rows(part.slot, part.start, part.rows, outputs=wanted)
+            if part.outputs:
+                self.outputs[part.slot] = range(end - part.outputs, end)
         if self.is_tail:
             self.context.decode(self._batch)
             return np.empty((0, self.n_embd), np.float32)
@@ -120,13 +120,9 @@ class StageContext:
         hidden[ubatch_order([(part.slot, len(part.rows)) for part in parts])] = self._taken[:count]
         return hidden
 
-    def output_row(self, slot: int) -> int:
-        """The batch row whose logits a sampler reads for `slot`, after a decode with `output`. Tail only."""
-        return self._output_rows[slot]
-
     def logits(self, slot: int) -> FloatRows:
         """A copy of the logits after the last row of `slot`, shape (n_vocab,). Tail only."""
-        return self.context.logits(self._output_rows[slot])
+        return self.context.logits(self.outputs[slot][-1])
 
     def close(self) -> None:
         """Free the context."""
@@ -134,22 +130,23 @@ class StageContext:
 
 
 class LlamaStage(LlamaBackend):
-    """A stage with its samplers and its KV behind slots: the real `engine.stageloop.StageBackend`."""
+    """A stage with its samplers and its KV behind slots: the real `engine.backend.StageBackend`."""
 
     def __init__(self, model: Model, stage: StageContext, block_tokens: int = 0) -> None:
         super().__init__(model, stage.context, block_tokens)
         self._stage = stage
+        self._outputs = stage.outputs
         self.n_embd = stage.n_embd
         self.is_tail = stage.is_tail
 
     def compute(self, slots: Sequence[int], parts: Sequence[RunPart], rows: FloatRows) -> FloatRows:
-        """See `engine.stageloop.StageBackend`."""
+        """See `engine.backend.StageBackend`."""
         # By slot, as a whole model has them: it is also what makes neighbours of neighbours.
         order = sorted(range(len(parts)), key=slots.__getitem__)
         ends = list(accumulate(part.count for part in parts))
         places = [range(end - part.count, end) for end, part in zip(ends, parts, strict=True)]
         batch = [
-            StageRows(slots[each], parts[each].start, rows[places[each].start : places[each].stop], parts[each].output)
+            StageRows(slots[each], parts[each].start, rows[places[each].start : places[each].stop], parts[each].outputs)
             for each in order
         ]
         hidden = self._stage.decode(batch)
@@ -160,14 +157,8 @@ class LlamaStage(LlamaBackend):
         return restored
 
     def finite(self, slot: int) -> bool:
-        """See `engine.stageloop.StageBackend`."""
-        return self._stage.context.has_finite_logits(self._stage.output_row(slot))
-
-    def sample(self, sampler: SamplerLike, slot: int) -> int:
-        """See `core.Backend`."""
-        if not isinstance(sampler, Sampler):
-            raise SwarmError(f"a {type(sampler).__name__} is not a sampler of this backend")
-        return sampler.sample(self._stage.context, self._stage.output_row(slot))
+        """See `engine.backend.StageBackend`."""
+        return all(self._context.has_finite_logits(row) for row in self._outputs[slot])
 
     def encode(self, rows: FloatRows, encoding: RowEncoding) -> Buffer:
         """See `rows.encode_rows`."""
@@ -187,8 +178,8 @@ class EmbeddingBatch(Batch):
         self._struct.token = None
         self._struct.embd = self._rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 
-    def add_rows(self, seq: int, start: int, rows: FloatRows, *, every: bool, last: bool) -> int:
-        """Append `rows` (n, n_embd) of a sequence from position `start`, `every` one an output or the `last` one.
+    def add_rows(self, seq: int, start: int, rows: FloatRows, *, outputs: int) -> int:
+        """Append `rows` (n, n_embd) of a sequence from position `start`, the last `outputs` of them outputs.
 
         The index of the last is returned. Raises ValueError for what does not fit.
         """
@@ -196,8 +187,8 @@ class EmbeddingBatch(Batch):
             raise ValueError(f"rows of shape {rows.shape} for embeddings of width {self._rows.shape[1]}")
         begin, end = self._place(seq, start, len(rows))
         self._rows[begin:end] = rows
-        self._outputs[begin:end] = every
-        self._outputs[end - 1] = every or last
+        self._outputs[begin:end] = 0
+        self._outputs[end - outputs : end] = 1
         return end - 1
 
 

@@ -188,7 +188,7 @@ async def measure(stage: StageSupervisor, n_embd: int) -> None:
         await stage.resume(name, 1, 0)
 
     async def decode(count: int) -> None:
-        parts = tuple(PassPart(name, 1, 0, 1, output=True) for name in names[:count])
+        parts = tuple(PassPart(name, 1, 0, 1, outputs=1) for name in names[:count])
         await stage.run(parts, "f32", bytes(4 * n_embd * count), "f32")
 
     await decode(1)
@@ -197,7 +197,7 @@ async def measure(stage: StageSupervisor, n_embd: int) -> None:
         await decode(count)
         if time.monotonic() > until:
             break
-    tile = PassPart(names[0], 1, 0, TILE_ROWS, output=True)
+    tile = PassPart(names[0], 1, 0, TILE_ROWS, outputs=1)
     await stage.run((tile,), "f32", bytes(4 * n_embd * TILE_ROWS), "f32")
     for name in names:
         await stage.close_sequence(name)

@@ -190,7 +190,7 @@ async def _events(
             count += 1
             finish = part.finish if number == len(part.tokens) else None
             # A token that ends the generation says nothing, even where the vocabulary gives it a text.
-            pieces.append("" if finish == "stop" else text.feed(token))
+            pieces.append("" if finish == "stop" else text.feed(token.id))
             reason = "stop" if text.stopped else finish
             if reason:
                 break

@@ -6,8 +6,9 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Final
+
+import msgspec
 
 from swarmcpp.core import GenerateRequest, Limits, TokenPart
 from swarmcpp.errors import EngineFailed, WireError
@@ -80,7 +81,7 @@ async def _read(stream: AsyncGenerator[TokenPart, None], parts: list[TokenPart],
 
 def _joined(parts: Sequence[TokenPart]) -> TokenPart:
     tokens = tuple(token for part in parts for token in part.tokens)
-    return replace(parts[0], tokens=tokens, finish=parts[-1].finish)
+    return msgspec.structs.replace(parts[0], tokens=tokens, finish=parts[-1].finish)
 
 
 # -- the node that asks ------------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def _check_part(part: TokenPart, given: int, left: int, n_vocab: int) -> None:
         raise WireError("a part without tokens and without an end")
     if len(part.tokens) > left:
         raise WireError(f"a part of {len(part.tokens)} tokens where {left} were left of max_tokens")
-    if not are_tokens(part.tokens, n_vocab):
+    if not are_tokens(part.ids, n_vocab):
         raise WireError(f"a part names a token outside 0 to {n_vocab - 1}")
     if not 0 <= part.cached_tokens <= given or part.tier not in TIERS:
         raise WireError(f"a part says that {part.cached_tokens} of {given} tokens came from {part.tier[:20]!r}")

@@ -131,7 +131,7 @@ class Requests:
                 try:
                     async with aclosing(self._run(choice.replica, current, local)) as parts:
                         async for part in parts:
-                            produced.extend(part.tokens)
+                            produced.extend(part.ids)
                             row.generated = len(produced)
                             told = told or route()
                             yield told, part

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -11,6 +11,7 @@ from swarmcpp.core import GenerateRequest, Limits
 from swarmcpp.errors import StageFailed, SwarmError, WireError, by_code
 from swarmcpp.pipeline.contract import Pass, Passed, StageRef, StageTime
 from swarmcpp.route.patience import MOST_S
+from swarmcpp.supervisor.books import ComputeDone
 from swarmcpp.telemetry import printable
 from swarmcpp.wire.checks import check_request
 from swarmcpp.wire.codec import RowEncoding
@@ -51,10 +52,10 @@ class StageHost(Protocol):
         encoding: RowEncoding,
         rows: bytes | memoryview,
         reply: RowEncoding,
-        done: Callable[[tuple[tuple[int, ...], bytes | None, float, float] | SwarmError], None],
+        done: ComputeDone,
     ) -> None:
-        """Call `done` with (ids, rows encoded as `reply`, compute_s, queue_s), ids of a tail and rows of any other, or
-        with the error; not before `begin` has returned. Passes that succeed end in the order in which they were begun.
+        """Call `done` with what came out, rows encoded as `reply`, or with the error; not before `begin` has returned.
+        Passes that succeed end in the order in which they were begun.
 
         Raises what `StageCaller` documents for its other methods.
         """
@@ -140,6 +141,7 @@ def checked_pass(message: RunStage, payload: Sequence[memoryview], ref: StageRef
         _check_epoch(part.epoch)
         _check_within("start", part.start, 0, most)
         _check_within("count", part.count, 1, min(MAX_PARTS, most - part.start))
+        _check_within("outputs", part.outputs, 0, 1)
         n_rows += part.count
     _check_within("the number of rows of a pass", n_rows, 1, MAX_PARTS)
     if len({part.sequence for part in message.parts}) != len(message.parts):
@@ -202,12 +204,13 @@ def passed(reply: Reply, ref: StageRef, work: Pass) -> Passed:
             node=reply.node if reply.node in nodes else ref.node,
             reason=reply.code if reply.code in by_code() else SwarmError.code,
         )
-    outputs, stages = sum(part.output for part in work.parts), 1 + len(work.onward)
-    if len(reply.ids) != outputs or not all(0 <= each <= MAX_ID for each in reply.ids):
-        raise _bad_answer(ref, f"{len(reply.ids)} ids, or some that are none, instead of {outputs}")
+    wanted, stages = [part.outputs for part in work.parts if part.outputs], 1 + len(work.onward)
+    told = [len(each) for each in reply.tokens]
+    if told != wanted or not all(0 <= token.id <= MAX_ID for each in reply.tokens for token in each):
+        raise _bad_answer(ref, f"tokens of {len(told)} parts, or some that are none, instead of {len(wanted)}")
     if len(reply.times) != stages or not all(math.isfinite(s) and s >= 0 for times in reply.times for s in times):
         raise _bad_answer(ref, f"{len(reply.times)} times of stages, or bad ones, instead of {stages}")
-    return Passed(reply.ids, tuple(StageTime(*times) for times in reply.times))
+    return Passed(reply.tokens, tuple(StageTime(*times) for times in reply.times))
 
 
 def _bad_answer(ref: StageRef, what: str) -> StageFailed:

@@ -9,18 +9,17 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
 from swarmcpp.core import Clock, GenerateRequest, TokenPart
-from swarmcpp.errors import Cancelled, NotReady, PeerLost, PromptTooLong, QueueFull, StageFailed
+from swarmcpp.errors import NotReady, PeerLost, QueueFull, StageFailed
 from swarmcpp.peers import Load
 from swarmcpp.pipeline.finding import PATIENCE_S, ChainFinder
 from swarmcpp.pipeline.lanes import Lane
 from swarmcpp.pipeline.opening import close_all, open_all, store_all
 from swarmcpp.pipeline.runs import Broken, Chain, ModelFacts, PipelinePolicy, Run, Surroundings
-from swarmcpp.supervisor.runner import MAX_RETRY_AFTER_S, Fetch
+from swarmcpp.supervisor.runner import Fetch, admitted, deadline
 from swarmcpp.telemetry import RateEma, diag
 from swarmcpp.wire.peers import SEQUENCE_BYTES
 
@@ -128,34 +127,9 @@ class Conductor:
         return next((run.ran for run in self._runs.values() if run.request.id == request_id), ())
 
     def admit(self, request: GenerateRequest) -> GenerateRequest:
-        """`request` with a limit of tokens that fits. Raises PromptTooLong, QueueFull, NotReady."""
+        """See `Runner`."""
         self._finder.check()
-        if len(request.prompt) >= self.ctx_size:
-            raise PromptTooLong(
-                f"the prompt has {len(request.prompt)} tokens and a sequence holds {self.ctx_size} with the answer; "
-                f"shorten it, or start the stages with a larger --ctx-size",
-                param="messages",
-            )
-        waiting = self.ahead - self.slots
-        if waiting >= self._policy.queue_size:
-            raise QueueFull(
-                f"all {self.slots} slots are busy and {waiting} requests wait; try again later",
-                retry_after=min(MAX_RETRY_AFTER_S, 1.0 + waiting / max(1, self.slots)),
-            )
-        return replace(request, max_tokens=min(request.max_tokens, self.ctx_size - len(request.prompt)))
-
-    async def tokens(self, request: GenerateRequest, fetch: Fetch | None = None) -> AsyncGenerator[TokenPart, None]:
-        """Run an admitted request; closing the generator ends its work on all stages. `fetch` is not used: stages have
-        arenas of their own.
-
-        Raises StageFailed, NotReady, and Cancelled when `request.deadline_s` has passed.
-        """
-        try:
-            async with asyncio.timeout(request.deadline_s), aclosing(self._parts(request)) as parts:
-                async for part in parts:
-                    yield part
-        except TimeoutError:
-            raise Cancelled(f"the request took longer than its limit of {request.deadline_s:g} s") from None
+        return admitted(request, self, self._policy.queue_size)
 
     async def close(self) -> None:
         """End all requests, and close what is open on stages as far as they answer soon."""
@@ -171,25 +145,36 @@ class Conductor:
 
     # -- a request -------------------------------------------------------------------------------------------------
 
-    async def _parts(self, request: GenerateRequest) -> AsyncGenerator[TokenPart, None]:
+    async def tokens(self, request: GenerateRequest, fetch: Fetch | None = None) -> AsyncGenerator[TokenPart, None]:
+        """Run an admitted request; closing the generator ends its work on all stages. `fetch` is not used: stages have
+        arenas of their own.
+
+        Raises StageFailed, NotReady, and Cancelled when `request.deadline_s` has passed.
+        """
         self._serial += 1
-        tokens = [*request.prompt, *request.generated]
-        run = Run(request, self._serial, os.urandom(SEQUENCE_BYTES), tokens, self._clock())
+        run = Run(
+            serial=self._serial,
+            request=request,
+            tokens=[*request.prompt, *request.generated],
+            sequence=os.urandom(SEQUENCE_BYTES),
+            arrived_s=self._clock(),
+        )
         self._runs[run.serial] = run
         try:
-            await self._seats.acquire()
-            run.seated = True
-            await self._place(run)
-            while True:
-                got = await run.parts.get()
-                if isinstance(got, Broken):
-                    self._note(run, got.error, own=got.own)
-                    await self._place(run)
-                    continue
-                run.failures = run.broken_links = 0
-                yield got
-                if got.finish:
-                    return
+            async with deadline(request.deadline_s):
+                await self._seats.acquire()
+                run.seated = True
+                await self._place(run)
+                while True:
+                    got = await run.parts.get()
+                    if isinstance(got, Broken):
+                        self._note(run, got.error, own=got.own)
+                        await self._place(run)
+                        continue
+                    run.failures = run.broken_links = 0
+                    yield got
+                    if got.finish:
+                        return
         finally:
             self._runs.pop(run.serial, None)
             self._unseat(run)

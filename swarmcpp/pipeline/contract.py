@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from swarmcpp.core import GenerateRequest
+from swarmcpp.core import GenerateRequest, Sampled
 from swarmcpp.errors import StageFailed
 from swarmcpp.peers import NodeId
 from swarmcpp.route.patience import UNKNOWN_S
@@ -62,9 +62,9 @@ class StageTime:
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """The end of a pass: an id for each part with `output`, and the time of each stage from the one that was asked."""
+    """The end of a pass: tokens of each part with `outputs`, and the time of each stage from the one that was asked."""
 
-    ids: tuple[int, ...]
+    tokens: Sampled
     times: tuple[StageTime, ...]
 
 

@@ -11,9 +11,9 @@ from functools import partial
 from itertools import count
 from typing import Protocol
 
-from swarmcpp.core import Chunk, Clock
-from swarmcpp.engine.loop import WORTH_A_MOVE
+from swarmcpp.core import Chunk, Clock, Token
 from swarmcpp.engine.scheduler import Policy, Scheduler, SlotView
+from swarmcpp.engine.sequence import gap
 from swarmcpp.errors import PeerTimeout, StageFailed, StageLost
 from swarmcpp.llama.rows import encode_rows
 from swarmcpp.pipeline.contract import Pass, Passed, StageRef
@@ -94,9 +94,9 @@ class Lane:
         self.chain = chain
         self._first, self._onward = around.caller(chain[0]), chain[1:]
         self.runs: dict[int, Run] = {}
-        """By slot."""
+        """By place."""
         self.groups: list[list[int]] = []
-        """Slots of each micro-batch."""
+        """Places of each micro-batch."""
         self.broken = False
         self._facts = facts
         self._around = around
@@ -138,18 +138,18 @@ class Lane:
             # Not while somebody computes: how rows are rounded on the way must not change within an answer.
             self._encodings = self._around.encodings(self.chain)
         # The lowest free one, as stages number sequences too, so that neighbours here are mostly neighbours there.
-        run.slot = next(slot for slot in count() if slot not in self.runs)
-        self.runs[run.slot] = run
+        run.place = next(slot for slot in count() if slot not in self.runs)
+        self.runs[run.place] = run
         self.pump()
 
     def leave(self, run: Run) -> None:
         """Forget a run; passes with rows of it go on, and what they bring is not for it."""
-        if self.runs.get(run.slot) is run:
-            del self.runs[run.slot]
+        if self.runs.get(run.place) is run:
+            del self.runs[run.place]
             self._planned = deque(
-                left for group in self._planned if (left := tuple(each for each in group if each.slot != run.slot))
+                left for group in self._planned if (left := tuple(each for each in group if each.slot != run.place))
             )
-            run.slot = -1
+            run.place = -1
             self.pump()
 
     def pump(self) -> None:
@@ -172,7 +172,7 @@ class Lane:
             return False
         if not self._before_first or self._planned:
             return True
-        return sum(run.to_plan for run in self.runs.values()) >= self._scheduler.policy.prefill_chunk_tokens
+        return sum(run.remaining for run in self.runs.values()) >= self._scheduler.policy.prefill_chunk_tokens
 
     def _pump_one(self, due: Sequence[Sequence[Chunk]]) -> None:
         """One pass, of prompts and of decode rows in turn, when none is on its way."""
@@ -198,19 +198,14 @@ class Lane:
         return [[Chunk(slot, self.runs[slot].n_past, 1, last=True) for slot in group] for group in ready[:room]]
 
     def _close_gap(self) -> None:
-        """Give the last decoding run the lowest free slot, if that is before it; the stages move its KV.
-
-        They compute only neighbours together, and a move takes milliseconds once.
-        """
-        last = max(self.runs, default=0)
-        gap = next(slot for slot in count() if slot not in self.runs)
-        run = self.runs.get(last)
-        if run is None or gap > last or not run.decoding or run.to_come < WORTH_A_MOVE:
+        """Give the last decoding run the lowest free place, if that is before it; the stages move its KV."""
+        free = gap(self.runs)
+        if free is None or not self.runs[last := max(self.runs)].worth_a_move:
             return
-        # Whoever had the gap before may still be in a group.
-        self.groups = [[gap if slot == last else slot for slot in group if slot != gap] for group in self.groups]
-        self.runs[gap] = self.runs.pop(last)
-        run.slot = gap
+        # Whoever had that place before may still be in a group.
+        self.groups = [[free if place == last else place for place in group if place != free] for group in self.groups]
+        run = self.runs[free] = self.runs.pop(last)
+        run.place = free
 
     def _micro_batches(self, streams: int) -> int:
         if not self._persistent or streams < 2:
@@ -227,7 +222,7 @@ class Lane:
     def _next_chunks(self) -> tuple[Chunk, ...]:
         """Prompt rows of the next pass; none when all is planned."""
         if not self._planned:
-            views = [view for run in self.runs.values() if run.to_plan and (view := run.view())]
+            views = [view for run in self.runs.values() if run.remaining and (view := run.view(run.place))]
             if not views:
                 return ()
             plan = self._prompt_scheduler(views).plan(views)
@@ -283,7 +278,7 @@ class Lane:
     def _pass(self, parts: Sequence[tuple[Run, int, Chunk]], limit: float) -> Pass:
         tokens = [run.tokens[chunk.start + i] for run, _, chunk in parts for i in range(chunk.count)]
         wanted = tuple(
-            PassPart(run.sequence, epoch, chunk.start, chunk.count, chunk.last, chunk.slot)
+            PassPart(run.sequence, epoch, chunk.start, chunk.count, int(chunk.last), chunk.slot)
             for run, epoch, chunk in parts
         )
         first, onward = self._encodings
@@ -312,9 +307,9 @@ class Lane:
         self._landed(flight)
         try:
             if isinstance(result, Passed):
-                ids = self._checked_ids(flight, result)
+                tokens = self._checked_tokens(flight, result)
                 now = self._clock()
-                self._commit(flight, ids, now)
+                self._commit(flight, tokens, now)
                 # Before anything else: the stages wait for it.
                 self.pump()
                 self._learn(flight, result, now)
@@ -328,17 +323,18 @@ class Lane:
         self.pump()
         self._tell_soon()
 
-    def _checked_ids(self, flight: _Flight, passed: Passed) -> dict[int, int]:
-        """The id of each part (by its index) that asked for one. Raises StageFailed."""
+    def _checked_tokens(self, flight: _Flight, passed: Passed) -> dict[int, tuple[Token, ...]]:
+        """The tokens of each part (by its index) that asked for some. Raises StageFailed."""
         wanted = [index for index, (_, _, chunk) in enumerate(flight.parts) if chunk.last]
-        if len(passed.ids) != len(wanted) or not all(0 <= token < self._facts.n_vocab for token in passed.ids):
-            raise self._failed(self.chain[-1], "wire", "answered a pass with ids that cannot be")
-        return dict(zip(wanted, passed.ids, strict=True))
+        told = [token.id for tokens in passed.tokens for token in tokens]
+        if len(passed.tokens) != len(wanted) or not all(0 <= each < self._facts.n_vocab for each in told):
+            raise self._failed(self.chain[-1], "wire", "answered a pass with tokens that cannot be")
+        return dict(zip(wanted, passed.tokens, strict=True))
 
     def _computed(self, flight: _Flight) -> None:
         """This node has nothing to compute for a pass any more."""
         self._leave_first(flight)
-        if any(run.to_plan for run in self.runs.values()):
+        if any(run.remaining for run in self.runs.values()):
             self.pump()
         if self._telling is not None:
             self._telling.cancel()
@@ -389,7 +385,7 @@ class Lane:
         return [
             (index, run)
             for index, (run, epoch, _) in enumerate(flight.parts)
-            if self.runs.get(run.slot) is run and run.epoch == epoch
+            if self.runs.get(run.place) is run and run.epoch == epoch
         ]
 
     def _learn(self, flight: _Flight, passed: Passed, now: float) -> None:
@@ -402,19 +398,20 @@ class Lane:
         self._watch.measured(flight.rows, seconds, wall_s, decode=flight.decode)
         diag(logger, "pipeline pass", rows=flight.rows, parts=len(flight.parts), ms=round(1000 * took, 3))
 
-    def _commit(self, flight: _Flight, ids: dict[int, int], now: float) -> None:
-        """Give the runs the ids of a pass."""
+    def _commit(self, flight: _Flight, tokens: dict[int, tuple[Token, ...]], now: float) -> None:
+        """Give the runs the tokens of a pass."""
         for index, run in self._live(flight):
-            if index not in ids:
+            if index not in tokens:
                 chunk = flight.parts[index][2]
                 self._grow(run, chunk.start, chunk.start + chunk.count)
                 continue
             first = not run.decoding
-            finish = run.accept(ids[index], self._facts, now)
+            part = run.accept(tokens[index], self._facts.eog_tokens, self._facts.ctx_size, now)
+            run.untold.append(part)
             self._untold.append(run)
-            if finish:
-                del self.runs[run.slot]
-                run.slot = -1
+            if part.finish:
+                del self.runs[run.place]
+                run.place = -1
                 self._watch.ended(run)
             elif first:
                 self._watch.answered(run)
@@ -439,6 +436,6 @@ class Lane:
             self._watch.lost(self)
         for run in list(self.runs.values()):
             run.tell(Broken(error, run in own))
-            run.slot = -1
+            run.place = -1
         self.runs.clear()
         self._planned.clear()

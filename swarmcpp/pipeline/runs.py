@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from swarmcpp.core import FinishReason, GenerateRequest, TokenPart
-from swarmcpp.engine.scheduler import TILE_ROWS, SlotView
+from swarmcpp.core import TokenPart
+from swarmcpp.engine.sequence import Generation
 from swarmcpp.errors import StageFailed
 from swarmcpp.llama.rows import FloatRows
 from swarmcpp.peers import NodeId
@@ -87,15 +87,11 @@ class Broken:
     own: bool
 
 
-@dataclass(slots=True, eq=False)
-class Run:
-    """A request that runs or waits. `tokens` is its prompt and what was generated; rows of the first `n_past` are on
-    their way or in the KV of `chain`, where it has been opened `epoch` times."""
+@dataclass(slots=True, eq=False, kw_only=True)
+class Run(Generation):
+    """A request that runs or waits, on the stages of `chain`, where it has been opened `epoch` times."""
 
-    request: GenerateRequest
-    serial: int
     sequence: bytes
-    tokens: list[int]
     arrived_s: float
     parts: asyncio.Queue[TokenPart | Broken] = field(default_factory=asyncio.Queue)
     untold: list[TokenPart] = field(default_factory=list)
@@ -104,21 +100,14 @@ class Run:
     ran: Chain = ()
     """The chain that it was opened on last, also when that was given back."""
     epoch: int = 0
-    slot: int = -1
-    """Its number in a lane; -1 when it is in none."""
-    n_past: int = 0
-    decoding: bool = False
-    """An id has come since it was opened."""
+    place: int = -1
+    """Its number in a lane, which stages should give it too; -1 when it is in none."""
     flying: bool = False
     """Its decode row is on its way."""
     passes: set[asyncio.Future[None]] = field(default_factory=set)
     """Those that have rows of it, outdated ones too."""
-    sampled: int = 0
-    cached: int = 0
     stored: int = 0
     """Blocks that its stages were told to store."""
-    placed_s: float = 0.0
-    queue_s: float = 0.0
     failures: int = 0
     """Since its last token; those of links are not among them."""
     broken_links: int = 0
@@ -128,52 +117,22 @@ class Run:
     """Why it was opened again."""
     seated: bool = False
 
-    @property
-    def to_plan(self) -> int:
-        """Prompt rows that are not planned yet."""
-        return 0 if self.decoding else len(self.tokens) - self.n_past
-
-    @property
-    def to_come(self) -> int:
-        """Tokens that its answer may still have."""
-        return self.request.max_tokens - len(self.request.generated) - self.sampled
-
-    def view(self) -> SlotView | None:
-        """What the scheduler may know; None while nothing is to be planned for it."""
-        if not self.decoding and not self.to_plan:
-            return None
-        tile_end = len(self.request.prompt) // TILE_ROWS * TILE_ROWS
-        return SlotView(self.slot, self.serial, self.n_past, self.to_plan, tile_end)
-
     def placed(self, position: int, now: float) -> None:
         """The stages hold its first `position` tokens, and the rest is to be computed."""
-        if not self.placed_s:
+        if not self.begun_s:
             self.queue_s = now - self.arrived_s
-        self.placed_s = now
+        self.begun_s = now
         self.n_past = position
         self.stored = 0
         self.decoding = self.flying = False
         if not self.sampled:
-            self.cached = position
-
-    def accept(self, token: int, facts: ModelFacts, now: float) -> FinishReason | None:
-        """Take the next token, which `hand_out` gives to the reader; why it was the last, if it was."""
-        self.tokens.append(token)
-        self.sampled += 1
-        self.decoding = True
-        finish = self._finish(token, facts)
-        if self.sampled == 1:
-            tier = "arena" if self.cached else ""
-            part = TokenPart((token,), finish, self.cached, tier, self.queue_s, now - self.placed_s)
-        else:
-            part = TokenPart((token,), finish)
-        self.untold.append(part)
-        return finish
+            self.cached, self.tier = position, "arena" if position else ""
 
     @property
     def is_waited_for(self) -> bool:
         """It has a first token or a last one to tell."""
-        return self.sampled == len(self.untold) or any(part.finish for part in self.untold)
+        untold = sum(len(part.tokens) for part in self.untold)
+        return self.sampled == untold or any(part.finish for part in self.untold)
 
     def hand_out(self) -> None:
         """Give the reader all tokens that were accepted."""
@@ -185,10 +144,3 @@ class Run:
         """Tell the reader that its stages failed, after its tokens."""
         self.hand_out()
         self.parts.put_nowait(news)
-
-    def _finish(self, token: int, facts: ModelFacts) -> FinishReason | None:
-        if token in facts.eog_tokens and not self.request.sampling.ignore_eos:
-            return "stop"
-        if len(self.request.generated) + self.sampled >= self.request.max_tokens:
-            return "length"
-        return "length" if len(self.tokens) >= facts.ctx_size else None

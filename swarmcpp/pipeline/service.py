@@ -26,6 +26,7 @@ from swarmcpp.pipeline import calls
 from swarmcpp.pipeline.calls import StageBounds, StageHost
 from swarmcpp.pipeline.contract import Pass, PassDone, Passed, StageCaller, StageRef, StageTime
 from swarmcpp.route.patience import hop_s
+from swarmcpp.supervisor.books import Computed
 from swarmcpp.swarm.endpoint import Responder
 from swarmcpp.wire.peers import (
     AskStage,
@@ -118,7 +119,7 @@ class StageService:
 
         def done(result: Passed | StageFailed) -> None:
             if isinstance(result, Passed):
-                reply = PassReply(result.ids, tuple((each.compute_s, each.queue_s) for each in result.times))
+                reply = PassReply(result.tokens, tuple((each.compute_s, each.queue_s) for each in result.times))
             else:
                 reply = PassReply(node=result.node, code=result.reason, message=_text(result))
             # Nobody is there to be told when the asker itself is what was lost.
@@ -172,7 +173,7 @@ def _soon(done: PassDone, error: StageFailed) -> None:
 
 
 def _with_own(own: StageTime, rest: Passed | StageFailed) -> Passed | StageFailed:
-    return Passed(rest.ids, (own, *rest.times)) if isinstance(rest, Passed) else rest
+    return Passed(rest.tokens, (own, *rest.times)) if isinstance(rest, Passed) else rest
 
 
 class LocalStage:
@@ -208,14 +209,14 @@ class LocalStage:
         in that order here."""
         begun = self._clock()
 
-        def ended(result: tuple[tuple[int, ...], bytes | None, float, float] | SwarmError) -> None:
+        def ended(result: Computed | SwarmError) -> None:
             if isinstance(result, SwarmError):
                 done(_failed(self._ref, result))
                 return
-            ids, rows, compute_s, queue_s = result
+            tokens, rows, compute_s, queue_s = result
             own = StageTime(compute_s, queue_s)
             if not work.onward:
-                done(Passed(ids, (own,)))
+                done(Passed(tokens, (own,)))
             elif rows is None:
                 done(_failed(self._ref, EngineFailed(f"{calls.name(self._ref)} gave no rows to send on")))
             elif (left_s := work.limit_s - (self._clock() - begun)) <= 0:

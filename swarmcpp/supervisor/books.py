@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from swarmcpp.core import GenerateRequest
+from swarmcpp.core import GenerateRequest, Sampled
 from swarmcpp.errors import SwarmError
 from swarmcpp.kv.cache import Lease
 
@@ -16,10 +16,10 @@ Item = TypeVar("Item")
 
 
 class Computed(NamedTuple):
-    """What one stage made of a pass: an id for each part with `output` at a tail, a frame of rows elsewhere; seconds of
-    its call, and of waiting for it."""
+    """What one stage made of a pass: tokens of each part with `outputs` at a tail, a frame of rows elsewhere; seconds
+    of its call, and of waiting for it."""
 
-    ids: tuple[int, ...]
+    tokens: Sampled
     rows: bytes | None
     compute_s: float
     queue_s: float
@@ -30,7 +30,7 @@ ComputeDone = Callable[[Computed | SwarmError], None]
 
 
 @dataclass(slots=True, eq=False)
-class Opened:
+class StageSequence:
     """A sequence. `offered` tokens may be resumed; `length`, or fewer while a pass is under way, are in its KV."""
 
     name: bytes
@@ -53,7 +53,7 @@ class Opened:
 class Placing:
     """A Place that waits for its answer. The lease keeps its blocks where they are until then."""
 
-    opened: Opened
+    opened: StageSequence
     lease: Lease | None
     future: asyncio.Future[int]
 
@@ -62,7 +62,7 @@ class Placing:
 class Pass:
     """A Run that waits for its answer; `spans` are (sequence, start, count). `done` is called once."""
 
-    spans: list[tuple[Opened, int, int]]
+    spans: list[tuple[StageSequence, int, int]]
     n_bytes: int
     begun: float
     done: ComputeDone

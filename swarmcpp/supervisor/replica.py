@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import replace
+
+import msgspec
 
 from swarmcpp.config import Config
 from swarmcpp.core import EngineStats, GenerateRequest, TokenPart
-from swarmcpp.errors import Cancelled, NotReady, PromptTooLong, QueueFull
+from swarmcpp.errors import NotReady
 from swarmcpp.peers import Load
 from swarmcpp.supervisor.process import EngineStatus
-from swarmcpp.supervisor.runner import LOCAL, MAX_RETRY_AFTER_S, Fetch, Fetched
-from swarmcpp.supervisor.whole import EngineSupervisor
+from swarmcpp.supervisor.runner import LOCAL, Fetch, Fetched, admitted, deadline
+from swarmcpp.supervisor.whole import EngineStream, EngineSupervisor
 from swarmcpp.wire.engine import EngineOptions
 
 
@@ -68,66 +68,48 @@ class LocalReplica:
         return Load(stats.slots_busy, waiting, stats.prefill_tps, stats.decode_tps, ttft_s, self._backlog)
 
     def admit(self, request: GenerateRequest) -> GenerateRequest:
-        """`request` with a limit of tokens that fits. Raises PromptTooLong, QueueFull, NotReady."""
+        """See `Runner`."""
         if not self.usable:
             raise NotReady(self.supervisor.status.detail or "the engine is not running")
-        if len(request.prompt) >= self.ctx_size:
-            raise PromptTooLong(
-                f"the prompt has {len(request.prompt)} tokens and a slot holds {self.ctx_size} with the answer; "
-                f"shorten it, or start swarmcpp with a larger --ctx-size",
-                param="messages",
-            )
-        waiting = self.ahead - self.slots
-        if waiting >= self._queue_size:
-            raise QueueFull(
-                f"all {self.slots} slots are busy and {waiting} requests wait; try again later",
-                retry_after=min(MAX_RETRY_AFTER_S, 1.0 + waiting / max(1, self.slots)),
-            )
-        return replace(request, max_tokens=min(request.max_tokens, self.ctx_size - len(request.prompt)))
+        return admitted(request, self, self._queue_size)
 
     async def tokens(self, request: GenerateRequest, fetch: Fetch | None = None) -> AsyncGenerator[TokenPart, None]:
         """Run an admitted request; closing the generator cancels it at once.
 
         Raises NotReady, EngineFailed, and Cancelled when `request.deadline_s` has passed.
         """
-        try:
-            async with asyncio.timeout(request.deadline_s), aclosing(self._tokens(request, fetch)) as parts:
-                async for part in parts:
-                    yield part
-        except TimeoutError:
-            raise Cancelled(f"the request took longer than its limit of {request.deadline_s:g} s") from None
-
-    async def _tokens(self, request: GenerateRequest, fetch: Fetch | None) -> AsyncGenerator[TokenPart, None]:
         backlog = len(request.prompt) + len(request.generated)
         self._backlog += backlog
+        stream: EngineStream | None = None
         try:
-            async with aclosing(self._run(request, fetch)) as parts:
-                async for part in parts:
+            async with deadline(request.deadline_s):
+                fetched, fetch_s = await self._fetch(request, fetch)
+                stream = self.supervisor.submit(request)
+                async for part in stream:
                     self._backlog -= backlog
                     backlog = 0
-                    yield part
+                    yield _with_fetched(part, fetched, fetch_s) if fetch_s or fetched else part
+                    fetched, fetch_s = Fetched(), 0.0
         finally:
             self._backlog -= backlog
-
-    async def _run(self, request: GenerateRequest, fetch: Fetch | None) -> AsyncGenerator[TokenPart, None]:
-        fetched, fetch_s = Fetched(), 0.0
-        if fetch:
-            clock = asyncio.get_running_loop().time
-            begun = clock()
-            self._fetching += 1
-            try:
-                fetched = await fetch(request)
-            finally:
-                self._fetching -= 1
-            fetch_s = clock() - begun
-        stream = self.supervisor.submit(request)
-        try:
-            async for out in stream:
-                # What was computed while the rest came is in the arena too, and was not cached before.
-                cached = max(0, out.cached_tokens - fetched.computed)
-                tier = ("peer" if fetched and out.tier == "arena" else out.tier) if cached else ""
-                yield TokenPart((out.token,), out.finish, cached, tier, out.queue_s, out.prefill_s, fetch_s=fetch_s)
-                fetch_s = 0.0
-        finally:
-            if not stream.finished:
+            if stream and not stream.finished:
                 self.supervisor.cancel(stream)
+
+    async def _fetch(self, request: GenerateRequest, fetch: Fetch | None) -> tuple[Fetched, float]:
+        """What peers had of a request, and the seconds that it took to come."""
+        if fetch is None:
+            return Fetched(), 0.0
+        clock = asyncio.get_running_loop().time
+        begun = clock()
+        self._fetching += 1
+        try:
+            return await fetch(request), clock() - begun
+        finally:
+            self._fetching -= 1
+
+
+def _with_fetched(first: TokenPart, fetched: Fetched, fetch_s: float) -> TokenPart:
+    # What was computed while the rest came is in the arena too, and was not cached before.
+    cached = max(0, first.cached_tokens - fetched.computed)
+    tier = ("peer" if fetched and first.tier == "arena" else first.tier) if cached else ""
+    return msgspec.structs.replace(first, cached_tokens=cached, tier=tier, fetch_s=fetch_s)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Protocol
 
 from swarmcpp.core import EngineStats, GenerateRequest, TokenPart
+from swarmcpp.errors import Cancelled, PromptTooLong, QueueFull
 from swarmcpp.peers import Load
 from swarmcpp.supervisor.process import EngineStatus
 
@@ -32,18 +36,8 @@ Fetch = Callable[[GenerateRequest], Awaitable[Fetched]]
 """Brings what peers have of a prompt's beginning into the arena; the tokens that came, and those computed for it."""
 
 
-class Runner(Protocol):
-    """What answers whole requests on this node: its engine, or a head that drives stages."""
-
-    @property
-    def status(self) -> EngineStatus:
-        """Whether it can, and if not, why."""
-        ...
-
-    @property
-    def stats(self) -> EngineStats:
-        """Counts and rates now."""
-        ...
+class Bounds(Protocol):
+    """What bounds the requests of a node."""
 
     @property
     def ctx_size(self) -> int:
@@ -58,6 +52,20 @@ class Runner(Protocol):
     @property
     def ahead(self) -> int:
         """Requests that run, wait or fetch."""
+        ...
+
+
+class Runner(Bounds, Protocol):
+    """What answers whole requests on this node: its engine, or a head that drives stages."""
+
+    @property
+    def status(self) -> EngineStatus:
+        """Whether it can, and if not, why."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counts and rates now."""
         ...
 
     @property
@@ -80,3 +88,31 @@ class Runner(Protocol):
     def tokens(self, request: GenerateRequest, fetch: Fetch | None = None) -> AsyncGenerator[TokenPart, None]:
         """Run an admitted request; closing the generator cancels it. Raises NotReady, EngineFailed, Cancelled."""
         ...
+
+
+def admitted(request: GenerateRequest, bounds: Bounds, queue_size: int) -> GenerateRequest:
+    """`request` with a limit of tokens that fits. Raises PromptTooLong, and QueueFull when `queue_size` wait."""
+    used, ctx_size = len(request.prompt), bounds.ctx_size
+    if used >= ctx_size:
+        raise PromptTooLong(
+            f"the prompt has {used} tokens and a slot holds {ctx_size} with the answer; shorten it, or start swarmcpp "
+            "with a larger --ctx-size",
+            param="messages",
+        )
+    waiting = bounds.ahead - bounds.slots
+    if waiting >= queue_size:
+        raise QueueFull(
+            f"all {bounds.slots} slots are busy and {waiting} requests wait; try again later",
+            retry_after=min(MAX_RETRY_AFTER_S, 1.0 + waiting / max(1, bounds.slots)),
+        )
+    return replace(request, max_tokens=min(request.max_tokens, ctx_size - used))
+
+
+@contextlib.asynccontextmanager
+async def deadline(seconds: float | None) -> AsyncIterator[None]:
+    """Raises Cancelled when what is done in it takes longer; None: no limit."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise Cancelled(f"the request took longer than its limit of {seconds:g} s") from None

@@ -13,7 +13,7 @@ from swarmcpp.core import Clock, GenerateRequest
 from swarmcpp.engine.scheduler import TILE_ROWS
 from swarmcpp.errors import EngineFailed, NotReady, QueueFull, StageLost, SwarmError, WireError, revive
 from swarmcpp.kv.keys import KEY_BYTES
-from swarmcpp.supervisor.books import Computed, ComputeDone, Opened, Pass, Placing, Waiting, next_of
+from swarmcpp.supervisor.books import Computed, ComputeDone, Pass, Placing, StageSequence, Waiting, next_of
 from swarmcpp.supervisor.incarnation import Incarnation
 from swarmcpp.supervisor.process import EngineProcess, ProcessOptions
 from swarmcpp.wire.codec import Buffer, RowEncoding
@@ -67,7 +67,7 @@ class StageSupervisor(EngineProcess):
         self._on_pass = on_pass
         self._on_stored = on_stored
         self._clock = clock
-        self._sequences: dict[bytes, Opened] = {}
+        self._sequences: dict[bytes, StageSequence] = {}
         self._waiting = Waiting()
         self._runs = 0
 
@@ -87,7 +87,7 @@ class StageSupervisor(EngineProcess):
         self, sequence: bytes, epoch: int, keys: Sequence[bytes], request: GenerateRequest | None, n_tokens: int
     ) -> int:
         """See `contract.StageCaller`. Raises QueueFull, NotReady, EngineFailed, StageLost (a later epoch is open), and
-        WireError for more than a sequence holds. A `request` must have been checked (see `swarm.remote`)."""
+        WireError for more than a sequence holds. A `request` must have been checked (see `wire.checks`)."""
         self._engine()
         self._check_open(sequence, keys, n_tokens)
         self._sweep()
@@ -96,7 +96,7 @@ class StageSupervisor(EngineProcess):
             if len(self._sequences) >= self.slots:
                 raise QueueFull(f"all {self.slots} sequences of this stage are in use; try again later", retry_after=1)
             self._serial += 1
-            opened = self._sequences[sequence] = Opened(sequence, self._serial, self._clock())
+            opened = self._sequences[sequence] = StageSequence(sequence, self._serial, self._clock())
         elif epoch < opened.epoch:
             raise StageLost(f"epoch {epoch} of a sequence that is open in epoch {opened.epoch}")
         self._end_lease(opened)
@@ -156,7 +156,7 @@ class StageSupervisor(EngineProcess):
             if not opened.placed:
                 raise StageLost("a sequence that was opened and not resumed; resume it first")
             spans.append((opened, part.start, part.count))
-            wanted.append(RunPart(opened.serial, part.start, part.count, part.output, part.place))
+            wanted.append(RunPart(opened.serial, part.start, part.count, part.outputs, part.place))
         n_bytes = rows.nbytes if isinstance(rows, memoryview) else len(rows)
         self._check_room(n_bytes)
         run = self._runs + 1
@@ -225,7 +225,7 @@ class StageSupervisor(EngineProcess):
         detail = self.status.detail or "the engine of this stage is starting"
         raise EngineFailed(detail) if self.status.state == "failed" else NotReady(detail)
 
-    def _find(self, sequence: bytes, epoch: int, now: float | None = None) -> Opened:
+    def _find(self, sequence: bytes, epoch: int, now: float | None = None) -> StageSequence:
         opened = self._sequences.get(sequence)
         if opened is None or opened.epoch != epoch:
             state = f"open in epoch {opened.epoch}" if opened else "not open here"
@@ -254,7 +254,7 @@ class StageSupervisor(EngineProcess):
                 retry_after=1,
             )
 
-    def _is_idle(self, opened: Opened) -> bool:
+    def _is_idle(self, opened: StageSequence) -> bool:
         return not opened.under_way and self._clock() - opened.last_used >= IDLE_S
 
     def _sweep(self) -> None:
@@ -262,14 +262,14 @@ class StageSupervisor(EngineProcess):
             if self._is_idle(opened):
                 self._close(opened)
 
-    def _close(self, opened: Opened) -> None:
+    def _close(self, opened: StageSequence) -> None:
         self._end_lease(opened)
         if self._sequences.get(opened.name) is opened:
             del self._sequences[opened.name]
         with contextlib.suppress(StageLost, NotReady, EngineFailed):
             self._send(Cancel(serial=opened.serial))
 
-    def _end_lease(self, opened: Opened) -> None:
+    def _end_lease(self, opened: StageSequence) -> None:
         if opened.lease and self.cache:
             self.cache.release(opened.lease)
         opened.lease = None
@@ -316,7 +316,7 @@ class StageSupervisor(EngineProcess):
             found.done(revive(ran.code, ran.message))
             return
         # First of all: the next stage waits for it.
-        found.done(Computed(ran.ids, frame, ran.seconds, max(0.0, now - found.begun - ran.seconds)))
+        found.done(Computed(ran.tokens, frame, ran.seconds, max(0.0, now - found.begun - ran.seconds)))
         self._deaths = 0
         rows = sum(count for _, _, count in found.spans)
         # The end of a prompt has fewer rows for the output head than as many streams that decode.

@@ -7,11 +7,10 @@ import contextlib
 import logging
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Unpack
 
-from swarmcpp.core import EngineStats, GenerateRequest
+from swarmcpp.core import EngineStats, GenerateRequest, TokenPart
 from swarmcpp.errors import EngineFailed, NotReady, SwarmError, WireError, revive
 from swarmcpp.kv.cache import Lease
 from swarmcpp.supervisor.incarnation import Incarnation
@@ -25,7 +24,6 @@ from swarmcpp.wire.engine import (
     FromEngine,
     StepOut,
     Submit,
-    TokenOut,
 )
 
 logger = logging.getLogger(__name__)
@@ -37,8 +35,8 @@ CHECK_S = 10.0
 class EngineStream:
     """One request on the engine, across as many engine processes as it takes.
 
-    `async for` yields a TokenOut per token, in order, each token once; after the one with `finish` it ends. An error
-    that ends the request is raised instead. Not more than `request.max_tokens` entries are ever buffered.
+    `async for` yields what the engine tells of it, in order, each token once; after the part with `finish` it ends. An
+    error that ends the request is raised instead. Not more than `request.max_tokens` entries are ever buffered.
     """
 
     def __init__(self, request: GenerateRequest) -> None:
@@ -47,19 +45,19 @@ class EngineStream:
         self.tokens: list[int] = list(request.generated)
         self.finished = False
         self.deaths = 0
-        self.ready: deque[TokenOut] = deque()
+        self.ready: deque[TokenPart] = deque()
         self.error: SwarmError | None = None
         self.lease: Lease | None = None
         self.chain: tuple[tuple[int, ...], str] | None = None
         """Tokens and salt whose blocks are loaded in place of the request's own; see `EngineSupervisor.recompute`."""
         self.wake = asyncio.Event()
 
-    def push(self, out: TokenOut) -> None:
-        """Take a token from the engine."""
+    def push(self, part: TokenPart) -> None:
+        """Take tokens from the engine."""
         self.deaths = 0
-        self.tokens.append(out.token)
-        self.ready.append(out)
-        self.finished = out.finish is not None
+        self.tokens += part.ids
+        self.ready.append(part)
+        self.finished = part.finish is not None
         self.wake.set()
 
     def fail(self, error: SwarmError) -> None:
@@ -68,17 +66,18 @@ class EngineStream:
         self.finished = True
         self.wake.set()
 
-    async def __aiter__(self) -> AsyncIterator[TokenOut]:
-        while True:
-            while self.ready:
-                out = self.ready.popleft()
-                yield out
-                if out.finish is not None:
-                    return
+    def __aiter__(self) -> EngineStream:
+        return self
+
+    async def __anext__(self) -> TokenPart:
+        while not self.ready:
             if self.error is not None:
                 raise self.error
+            if self.finished:
+                raise StopAsyncIteration
             self.wake.clear()
             await self.wake.wait()
+        return self.ready.popleft()
 
 
 @dataclass(slots=True)
@@ -129,9 +128,9 @@ class EngineSupervisor(EngineProcess):
             stream = self._streams.get(out.serial)
             if stream is None:
                 continue
-            self._end_lease(stream, out)
-            stream.push(out)
-            if out.finish is not None:
+            self._end_lease(stream, out.part)
+            stream.push(out.part)
+            if out.part.finish is not None:
                 del self._streams[out.serial]
         for refusal in step.refused:
             if stream := self._streams.pop(refusal.serial, None):
@@ -194,13 +193,13 @@ class EngineSupervisor(EngineProcess):
 
     # -- blocks --------------------------------------------------------------------------------------------------
 
-    def _end_lease(self, stream: EngineStream, out: TokenOut | None = None) -> None:
-        """The engine needs a stream's blocks no more; `out`, its first token, tells which of them were sound."""
+    def _end_lease(self, stream: EngineStream, part: TokenPart | None = None) -> None:
+        """The engine needs a stream's blocks no more; `part`, with its first token, tells which of them were sound."""
         lease, stream.lease = stream.lease, None
         if lease is None or self.cache is None:
             return
-        told = out is not None and (out.tier == "arena" or out.bad_blocks)
-        self.cache.release(lease, out.cached_tokens if told and out else None)
+        told = part is not None and (part.tier == "arena" or part.bad_blocks)
+        self.cache.release(lease, part.cached_tokens if told and part else None)
 
     def _on_full(self, incarnation: Incarnation, full: BlocksFull) -> None:
         if self.cache is None:

@@ -6,7 +6,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from swarmcpp.core import BlockRef, EngineStats, FinishReason, GenerateRequest, KvLayout
+from swarmcpp.core import BlockRef, EngineStats, GenerateRequest, KvLayout, Sampled, TokenPart
 from swarmcpp.wire.codec import Buffer, Codec, RowEncoding
 
 VERSION: Final = 1
@@ -100,13 +100,13 @@ class Place(msgspec.Struct, frozen=True, tag="place"):
 
 
 class RunPart(msgspec.Struct, frozen=True, array_like=True):
-    """Rows of one sequence: `count` from position `start`, to which its KV is cut back. `output`: sample after them.
-    `place`: see `PassPart`."""
+    """Rows of one sequence: `count` from position `start`, to which its KV is cut back. `outputs`, `place`: see
+    `PassPart`."""
 
     serial: int
     start: int
     count: int
-    output: bool
+    outputs: int
     place: int = -1
 
 
@@ -172,11 +172,11 @@ class Placed(msgspec.Struct, frozen=True, tag="placed"):
 
 
 class Ran(msgspec.Struct, frozen=True, tag="ran"):
-    """Stage to node: the answer to Run. A tail's has an id for each part with `output`; the others' a frame of rows
+    """Stage to node: the answer to Run. A tail's has tokens of each part with `outputs`; the others' a frame of rows
     beside it. With a `code`, it failed for this reason, and the sequences are as if only cut back."""
 
     run: int
-    ids: tuple[int, ...] = ()
+    tokens: Sampled = ()
     seconds: float = 0.0
     """Of the call."""
     neighbours: bool = True
@@ -193,21 +193,10 @@ class Fault(msgspec.Struct, frozen=True, tag="fault"):
 
 
 class TokenOut(msgspec.Struct, frozen=True, array_like=True):
-    """One sampled token of request `serial`; `finish` is set on its last one.
-
-    `cached_tokens` of the prompt came from `tier` ("slot" or "arena"); `queue_s`, `prefill_s`: seconds spent waiting
-    for a slot, and from slot to first token. All of these are set on the first token only.
-    """
+    """Tokens of request `serial`."""
 
     serial: int
-    token: int
-    finish: FinishReason | None = None
-    cached_tokens: int = 0
-    tier: str = ""
-    bad_blocks: bool = False
-    """Not all blocks of the Submit were sound; the arena should drop those after `cached_tokens`."""
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
+    part: TokenPart
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True):

@@ -12,12 +12,12 @@ from typing import Annotated, Final, Protocol
 import msgspec
 from msgspec import Meta
 
-from swarmcpp.core import GenerateRequest, TokenPart
+from swarmcpp.core import GenerateRequest, Sampled, TokenPart
 from swarmcpp.errors import SwarmError
 from swarmcpp.peers import Address, Capability, Load
 from swarmcpp.wire.codec import Codec, RowEncoding
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 """First byte of every frame. A Hello also tells the range that a node speaks, which old and new nodes agree on."""
 
 MAX_MESSAGE: Final = 4 << 20
@@ -135,17 +135,17 @@ class ResumeSequence(msgspec.Struct, frozen=True, tag="resume-sequence"):
 class PassPart(msgspec.Struct, frozen=True, array_like=True):
     """Rows of one sequence in a pass: `count` from position `start`; what a stage has from there on it forgets first.
 
-    `output`: the tail samples the token that follows the last of them. `epoch`: that of the sequence's last `open`;
-    rows of an earlier one are refused. `place`: the number that the sequence should have among those of the stage, -1
-    for any. Those of one pass should be neighbours, as llama.cpp reads all weights once for each run of neighbours;
-    a stage moves KV for it, unless the place belongs to another.
+    `outputs`: the tail samples after the last so many of them; 0 or 1 as yet. `epoch`: that of the sequence's last
+    `open`; rows of an earlier one are refused. `place`: the number that the sequence should have among those of the
+    stage, -1 for any. Those of one pass should be neighbours, as llama.cpp reads all weights once for each run of
+    neighbours; a stage moves KV for it, unless the place belongs to another.
     """
 
     sequence: BlockId
     epoch: int
     start: int
     count: int
-    output: bool
+    outputs: int
     place: int = -1
 
 
@@ -248,7 +248,7 @@ class PassReply(msgspec.Struct, frozen=True, tag="passed"):
     """See `contract.Passed`; `times` are (compute_s, queue_s) of each stage from the one asked. With a `code`, the pass
     failed at `node` for this reason."""
 
-    ids: Annotated[tuple[int, ...], Meta(max_length=MAX_PARTS)] = ()
+    tokens: Annotated[Sampled, Meta(max_length=MAX_PARTS)] = ()
     times: Annotated[tuple[tuple[float, float], ...], Meta(max_length=MAX_HOPS + 1)] = ()
     node: Text = ""
     code: Text = ""

@@ -11,7 +11,8 @@ import pytest
 from engine_support import Rig, RigMaker, prompt_of, request
 from fake_backend import continuation
 
-from swarmcpp.core import Backend, GenerateRequest, Rows, SamplingParams
+from swarmcpp.core import GenerateRequest, Rows, SamplingParams
+from swarmcpp.engine.backend import Backend
 from swarmcpp.engine.scheduler import Policy
 from swarmcpp.errors import DecodeAborted, DecodeFailed, SwarmError
 from swarmcpp.wire.engine import Cancel, LoadProgress, Stop, Submit
@@ -55,7 +56,7 @@ class Interrupted:
         if self.decodes not in self._at:
             self._backend.decode(rows)
             return
-        half = [replace(part, tokens=part.tokens[: (len(part.tokens) + 1) // 2], output=False) for part in rows[::2]]
+        half = [replace(part, tokens=part.tokens[: (len(part.tokens) + 1) // 2], outputs=0) for part in rows[::2]]
         self._backend.decode(half)
         self.aborted += 1
         raise DecodeAborted("half-way")
@@ -191,7 +192,7 @@ def test_integrity_check_sees_a_wrong_length(rig: RigMaker) -> None:
 
 def test_an_idle_engine_checks_itself(rig: RigMaker) -> None:
     one = rig()
-    one.backend.decode([Rows(2, 0, (1, 2, 3), output=True)])
+    one.backend.decode([Rows(2, 0, (1, 2, 3), outputs=1)])
     with pytest.raises(SwarmError, match="slot 2 holds 3 tokens"):
         one.engine.serve()
 

@@ -13,7 +13,7 @@ import pytest
 from engine_support import prompt_of, request
 from fake_backend import FakeBackend, FakeLink, continuation
 
-from swarmcpp.core import GenerateRequest, Rows, SamplingParams
+from swarmcpp.core import GenerateRequest, Rows, SamplingParams, TokenPart
 from swarmcpp.engine.abortflag import AbortFlag
 from swarmcpp.engine.loop import Engine
 from swarmcpp.engine.scheduler import Policy, Scheduler
@@ -31,7 +31,6 @@ from swarmcpp.wire.engine import (
     StepOut,
     StoreBlocks,
     Submit,
-    TokenOut,
     UseArena,
 )
 
@@ -85,7 +84,7 @@ class Node:
         self.release(serial)
         self.link.inbox.append(Cancel(serial))
 
-    def release(self, serial: int, out: TokenOut | None = None) -> None:
+    def release(self, serial: int, out: TokenPart | None = None) -> None:
         lease = self.leases.pop(serial, None)
         if lease and self.cache:
             told = out is not None and (out.tier == "arena" or out.bad_blocks)
@@ -98,7 +97,7 @@ class Node:
             match message:
                 case StepOut():
                     for out in message.tokens:
-                        self.release(out.serial, out)
+                        self.release(out.serial, out.part)
                 case BlocksFull() if self.cache:
                     grant = self.cache.grant(message.tokens, message.salt)
                     self.grants.append((message.serial, grant))
@@ -147,9 +146,9 @@ class Node:
         return self.tokens(serial)
 
     def tokens(self, serial: int) -> list[int]:
-        return [out.token for out in self.link.outputs(serial)]
+        return [token for part in self.link.outputs(serial) for token in part.ids]
 
-    def first(self, serial: int) -> TokenOut:
+    def first(self, serial: int) -> TokenPart:
         return self.link.outputs(serial)[0]
 
     def prompt_rows(self, *serials: int) -> int:

@@ -85,11 +85,11 @@ def alone(whole: LlamaBackend, asked: GenerateRequest, steps: int = STEPS) -> li
     """What the whole model says, in a slot of its own, computed as a head has it computed."""
     whole.truncate(0, 0)
     sampler = whole.sampler(asked)
-    whole.decode([Rows(0, 0, list(asked.prompt), output=True)])
-    told = [whole.sample(sampler, 0)]
+    whole.decode([Rows(0, 0, list(asked.prompt), outputs=1)])
+    told = [whole.sample(sampler, 0).id]
     while len(told) < steps:
-        whole.decode([Rows(0, len(asked.prompt) + len(told) - 1, told[-1:], output=True)])
-        told.append(whole.sample(sampler, 0))
+        whole.decode([Rows(0, len(asked.prompt) + len(told) - 1, told[-1:], outputs=1)])
+        told.append(whole.sample(sampler, 0).id)
     sampler.close()
     whole.truncate(0, 0)
     return told
@@ -129,10 +129,10 @@ def test_a_sequence_goes_on_in_new_stages(chain: Chain, whole: LlamaBackend, sam
     expected = alone(whole, asked)
     for serial, kept in enumerate((0, 1, 17), 1):
         chain.place(serial, resumed(asked, expected[:kept]))
-        chain.run({serial: (0, asked.prompt)}, output=not kept)
+        chain.run({serial: (0, asked.prompt)}, outputs=int(not kept))
         told = {serial: list(expected[:kept])}
         for index in range(kept - 1):
-            chain.run({serial: (20 + index, expected[index : index + 1])}, output=False)
+            chain.run({serial: (20 + index, expected[index : index + 1])}, outputs=0)
         if not kept:
             # Replayed at the same position after another Place: the token of before is not counted.
             chain.place(serial, asked, tokens=19)
@@ -147,7 +147,7 @@ def test_a_run_cuts_back_what_was_there(chain: Chain, whole: LlamaBackend) -> No
     """Tokens that were tried and did not hold leave nothing behind."""
     asked = request(prompt_of(12, 5, N_VOCAB), 20)
     told = chain.greedy({1: asked}, 5)
-    chain.run({1: (16, (told[1][-1], 3, 3, 3))}, output=False)
+    chain.run({1: (16, (told[1][-1], 3, 3, 3))}, outputs=0)
     chain.place(1, resumed(asked, told[1]), tokens=16)
     chain.go_on({1: asked}, told, 20)
     assert told[1] == alone(whole, asked, 20)
@@ -216,24 +216,24 @@ def test_sequences_are_given_out_lowest_first_and_no_more_than_there_are(first: 
 
 # -- what is wrong -----------------------------------------------------------------------------------------------
 
-GOOD = RunPart(1, 4, 1, False)
+GOOD = RunPart(1, 4, 1, 0)
 
 
 @pytest.mark.parametrize(
     ("parts", "frame", "code", "reason"),
     [
-        ([RunPart(7, 0, 1, False)], None, "stage_lost", "with 0 tokens"),
-        ([RunPart(1, 6, 1, False)], None, "stage_lost", "position 6 of a sequence with 5 tokens"),
-        ([RunPart(1, -1, 1, False)], None, "wire", "position -1"),
+        ([RunPart(7, 0, 1, 0)], None, "stage_lost", "with 0 tokens"),
+        ([RunPart(1, 6, 1, 0)], None, "stage_lost", "position 6 of a sequence with 5 tokens"),
+        ([RunPart(1, -1, 1, 0)], None, "wire", "position -1"),
         ([], b"", "wire", "0 rows in 0 parts"),
-        ([RunPart(1, 0, 513, False)], None, "wire", "513 rows"),
-        ([RunPart(1, 4, 2, False), RunPart(2, 0, -1, False)], None, "wire", "1 rows in 2 parts"),
+        ([RunPart(1, 0, 513, 0)], None, "wire", "513 rows"),
+        ([RunPart(1, 4, 2, 0), RunPart(2, 0, -1, 0)], None, "wire", "1 rows in 2 parts"),
         ([GOOD, GOOD], None, "wire", "two parts of one sequence"),
-        ([RunPart(1, 4, 509, False)], None, "wire", "509 rows from position 4, where a sequence holds 512"),
+        ([RunPart(1, 4, 509, 0)], None, "wire", "509 rows from position 4, where a sequence holds 512"),
         ([GOOD], b"", "wire", "0 bytes of f32 for 1 rows of 64 values, which take 256"),
         ([GOOD], rows_of(2), "wire", "512 bytes"),
         ([GOOD], rows_of(1, float("nan")), "wire", "finite"),
-        ([GOOD, RunPart(2, 9, 1, False)], None, "stage_lost", "position 9"),
+        ([GOOD, RunPart(2, 9, 1, 0)], None, "stage_lost", "position 9"),
     ],
 )
 def test_a_wrong_run_is_answered_and_hurts_nobody(
@@ -241,7 +241,7 @@ def test_a_wrong_run_is_answered_and_hurts_nobody(
 ) -> None:
     first.place(1)
     first.place(2)
-    assert not run(first, [RunPart(1, 0, 4, False)])[0].code
+    assert not run(first, [RunPart(1, 0, 4, 0)])[0].code
     good = run(first, [GOOD])
     ran, rows = run(first, parts, frame, run=5)
     assert (ran.run, ran.code, rows) == (5, code, None)
@@ -253,37 +253,37 @@ def test_a_wrong_run_is_answered_and_hurts_nobody(
 def test_values_that_are_not_finite_fail_the_pass_and_nobody_else(
     first: Stage, tail: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = [RunPart(1, 4, 1, True), RunPart(2, 0, 2, False)]
+    parts = [RunPart(1, 4, 1, 1), RunPart(2, 0, 2, 0)]
     for stage in (first, tail):
         for serial in (1, 2):
             stage.place(serial, request(prompt_of(4), sampling=SAMPLED))
-        run(stage, [RunPart(1, 0, 4, False)])
+        run(stage, [RunPart(1, 0, 4, 0)])
         context, decode = stage.context, stage.context.decode
 
         def poisoned(batch: Sequence[StageRows], context: StageContext = context, decode: Decode = decode) -> FloatRows:
             hidden = decode(batch)
             if context.is_tail:
-                last = context.output_row(next(part.slot for part in batch if part.output))
+                last = context.outputs[next(part.slot for part in batch if part.outputs)][-1]
                 c.llama_get_logits_ith(context.context.pointer, last)[7] = float("inf")
             return hidden * np.float32("nan")
 
         with monkeypatch.context() as patch:
             patch.setattr(context, "decode", poisoned)
             ran, rows = run(stage, parts)
-        assert (ran.code, rows, ran.ids) == ("decode_failed", None, ())
+        assert (ran.code, rows, ran.tokens) == ("decode_failed", None, ())
         assert "finite" in ran.message
         assert {serial: opened.length for serial, opened in stage.loop._sequences.items()} == {1: 4, 2: 0}
         # The random number of the token that was not drawn is still to come.
         again = run(stage, parts)
         stage.place(3, request(prompt_of(4), sampling=SAMPLED))
-        run(stage, [RunPart(3, 0, 4, False)])
-        assert run(stage, [RunPart(3, 4, 1, True)])[0].ids == again[0].ids
+        run(stage, [RunPart(3, 0, 4, 0)])
+        assert run(stage, [RunPart(3, 4, 1, 1)])[0].tokens == again[0].tokens
 
 
 def test_a_tail_needs_the_request_only_to_sample(tail: Stage) -> None:
     tail.place(1)
-    assert not run(tail, [RunPart(1, 0, 4, False)])[0].code
-    ran, _ = run(tail, [RunPart(1, 4, 1, True)])
+    assert not run(tail, [RunPart(1, 0, 4, 0)])[0].code
+    ran, _ = run(tail, [RunPart(1, 4, 1, 1)])
     assert (ran.code, "without its request" in ran.message) == ("wire", True)
     too_long = tail.place(1, request(prompt_of(512)))
     assert (too_long.code, "512 tokens" in too_long.message) == ("wire", True)
@@ -292,8 +292,8 @@ def test_a_tail_needs_the_request_only_to_sample(tail: Stage) -> None:
 
 def test_an_output_elsewhere_means_nothing(first: Stage) -> None:
     first.place(1, request(prompt_of(4)))
-    ran, rows = run(first, [RunPart(1, 0, 4, True)])
-    assert (ran.ids, len(rows or b"")) == ((), 4 * 4 * N_EMBD)
+    ran, rows = run(first, [RunPart(1, 0, 4, 1)])
+    assert (ran.tokens, len(rows or b"")) == ((), 4 * 4 * N_EMBD)
 
 
 def test_a_context_that_always_fails_is_given_up(first: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,9 +303,9 @@ def test_a_context_that_always_fails_is_given_up(first: Stage, monkeypatch: pyte
     first.place(1)
     monkeypatch.setattr(first.context, "decode", broken)
     for _ in range(2):
-        assert run(first, [RunPart(1, 0, 1, False)])[0].code == "decode_failed"
+        assert run(first, [RunPart(1, 0, 1, 0)])[0].code == "decode_failed"
     with pytest.raises(DecodeFailed):
-        run(first, [RunPart(1, 0, 1, False)])
+        run(first, [RunPart(1, 0, 1, 0)])
 
 
 def test_stop_ends_the_loop(first: Stage) -> None:
@@ -334,9 +334,9 @@ def test_blocks_come_back_from_the_arena(first: Stage, tmp_path: Path) -> None:
 
     first.loop.on_arena = use
     first.loop.handle(message)
-    run(first, [RunPart(1, 0, 64, False)])
-    run(first, [RunPart(1, 64, 64, False)])
-    after = run(first, [RunPart(1, 128, 1, False)])
+    run(first, [RunPart(1, 0, 64, 0)])
+    run(first, [RunPart(1, 64, 64, 0)])
+    after = run(first, [RunPart(1, 128, 1, 0)])
     stored, _ = first.ask(StoreBlocks(serial=1, grants=((0, 3), (1, 1), (2, 0))), BlocksStored)
     assert [slot for slot, _ in stored.written] == [3, 1], "the third block is not full"
     assert first.ask(StoreBlocks(serial=8, grants=((0, 3),)), BlocksStored)[0].written == ()
@@ -344,7 +344,7 @@ def test_blocks_come_back_from_the_arena(first: Stage, tmp_path: Path) -> None:
     refs = tuple(BlockRef(slot, digest) for slot, digest in stored.written)
     placed, _ = first.ask(Place(serial=2, tokens=128, blocks=refs), Placed)
     assert (placed.tokens, placed.blocks, placed.bad_blocks) == (128, 2, False)
-    assert run(first, [RunPart(2, 128, 1, False)]) == after
+    assert run(first, [RunPart(2, 128, 1, 0)]) == after
     placed, _ = first.ask(Place(serial=3, tokens=100, blocks=refs), Placed)
     assert (placed.tokens, placed.blocks) == (100, 2), "within a block"
     placed, _ = first.ask(Place(serial=1, tokens=90, blocks=refs), Placed)
@@ -379,7 +379,7 @@ class Comings:
 def test_it_watches_for_a_pass_if_the_last_one_came_soon(first: Stage) -> None:
     clock = FakeClock()
     soon, late = 0.02, 0.04
-    run = Run(run=1, parts=(RunPart(serial=1, start=0, count=1, output=False),), encoding="f32", reply="f32")
+    run = Run(run=1, parts=(RunPart(serial=1, start=0, count=1, outputs=0),), encoding="f32", reply="f32")
     comings = [(0.0, run), (soon, run), (soon, run), (late, run), (soon, run), (soon, None), (soon, Stop())]
     link = Comings(clock, list(comings))
     StageLoop(first.backend, link, clock, poll_s=0.03).serve()

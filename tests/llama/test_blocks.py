@@ -51,7 +51,7 @@ def compute(backend: LlamaBackend, slot: int, tokens: Sequence[int], start: int 
     while at < start + len(tokens):
         count = min(BLOCK - at % BLOCK, start + len(tokens) - at)
         part = tokens[at - start : at - start + count]
-        backend.decode([Rows(slot, at, list(part), output=at + count == start + len(tokens))])
+        backend.decode([Rows(slot, at, list(part), outputs=int(at + count == start + len(tokens)))])
         at += count
     return backend.logits(slot)
 
@@ -156,7 +156,7 @@ def test_kv_is_in_the_first_cells_of_its_slot_whatever_is_done(make: Maker, seed
                 for each in draw.sample(range(3), draw.randint(1, 3)):
                     count = min(draw.choice((1, 7, 64)), 256 - backend.length(each))
                     if count:
-                        rows.append(Rows(each, backend.length(each), TOKENS[:count], output=False))
+                        rows.append(Rows(each, backend.length(each), TOKENS[:count], outputs=0))
                 backend.decode(rows)
             case "cut":
                 backend.truncate(slot, draw.randint(0, backend.length(slot)))
@@ -182,7 +182,7 @@ def let_cells_be_elsewhere(backend: LlamaBackend, slot: int) -> None:
     behind it are one position less."""
     context = backend._context
     c.llama_memory_seq_rm(context._memory, slot, 100, 101)
-    backend.decode([Rows(slot, backend.length(slot), [5, 6], output=False)])
+    backend.decode([Rows(slot, backend.length(slot), [5, 6], outputs=0)])
     c.llama_memory_seq_add(context._memory, slot, 101, -1, -1)
 
 
@@ -229,7 +229,7 @@ def test_a_context_whose_memory_is_not_known_exports(make: Maker) -> None:
 def test_memory_that_is_not_what_was_exported_is_not_used(make: Maker) -> None:
     backend = make()
     layout, context = backend._known_layout(), backend._context
-    backend.decode([Rows(0, 0, [0], output=False)])
+    backend.decode([Rows(0, 0, [0], outputs=0)])
     state = context.export(0)
     KvMemory(context.tap, layout, state)
     wrong = state.copy()
@@ -245,7 +245,7 @@ def greedy(backend: LlamaBackend, slot: int, logits: Logits, count: int, beside:
     tokens = [int(logits.argmax())]
     for step in range(count):
         beside(step)
-        backend.decode([Rows(slot, backend.length(slot), tokens[-1:], output=True)])
+        backend.decode([Rows(slot, backend.length(slot), tokens[-1:], outputs=1)])
         tokens.append(int(backend.logits(slot).argmax()))
     return tokens
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_support import poll, prompt_of
+from engine_support import poll, prompt_of, request
 from llama_support import BackendMaker
 
 from swarmcpp import _native
-from swarmcpp.core import Rows
+from swarmcpp.core import Rows, SamplingParams
 from swarmcpp.engine.abortflag import AbortFlag
 from swarmcpp.errors import DecodeAborted, DecodeFailed
 from swarmcpp.llama.backend import LlamaBackend
@@ -32,8 +32,8 @@ def last_logits(backend: LlamaBackend, chunks: Sequence[int], neighbours: int = 
         backend.truncate(slot, 0)
     at = 0
     for step, count in enumerate(chunks):
-        others = [Rows(slot, step, [9 * slot], output=True) for slot in range(1, neighbours + 1)]
-        backend.decode([Rows(0, at, TOKENS[at : at + count], output=True), *others])
+        others = [Rows(slot, step, [9 * slot], outputs=1) for slot in range(1, neighbours + 1)]
+        backend.decode([Rows(0, at, TOKENS[at : at + count], outputs=1), *others])
         at += count
     assert at == len(TOKENS) == backend.length(0)
     return backend.logits(0)
@@ -64,10 +64,10 @@ def test_decode_rows_beside_others_at_any_length(tiny: Model, held: int, n_threa
         for slot in range(3):
             backend.truncate(slot, 0)
         for start in range(0, held, 64):
-            backend.decode([Rows(0, start, prompt[start : start + 64], output=False)])
+            backend.decode([Rows(0, start, prompt[start : start + 64], outputs=0)])
         for step in range(4):
-            others = [Rows(slot, step, [slot + step], output=True) for slot in neighbours]
-            backend.decode([Rows(0, held + step, [5 * step], output=True), *others])
+            others = [Rows(slot, step, [slot + step], outputs=1) for slot in neighbours]
+            backend.decode([Rows(0, held + step, [5 * step], outputs=1), *others])
         return backend.logits(0)
 
     alone, pair, trio = logits_beside([]), logits_beside([1]), logits_beside([1, 2])
@@ -88,7 +88,7 @@ def test_whole_tiles_of_64_are_the_same_in_any_chunks(tiny: Model, backend_on: B
 
 def test_slots_do_not_differ(tiny: Model, backend_on: BackendMaker) -> None:
     backend = backend_on(tiny)
-    backend.decode([Rows(slot, 0, TOKENS[:40], output=True) for slot in range(4)])
+    backend.decode([Rows(slot, 0, TOKENS[:40], outputs=1) for slot in range(4)])
     for slot in range(1, 4):
         np.testing.assert_array_equal(backend.logits(slot), backend.logits(0))
 
@@ -99,7 +99,7 @@ def test_truncated_and_recomputed_is_the_same(tiny: Model, backend_on: BackendMa
     for n_past in (132, 100, 1, 0):
         backend.truncate(0, n_past)
         assert backend.length(0) == n_past
-    backend.decode([Rows(0, 0, prompt_of(90, 1), output=True)])
+    backend.decode([Rows(0, 0, prompt_of(90, 1), outputs=1)])
     np.testing.assert_array_equal(last_logits(backend, [64, 64, 5]), expected)
 
 
@@ -112,37 +112,37 @@ def test_logits_are_what_the_sampler_sees(tiny: Model, backend_on: BackendMaker)
 
 def test_rows_that_do_not_follow_are_a_failed_decode(tiny: Model, backend_on: BackendMaker) -> None:
     backend = backend_on(tiny)
-    backend.decode([Rows(0, 0, [1, 2, 3], output=True)])
+    backend.decode([Rows(0, 0, [1, 2, 3], outputs=1)])
     with pytest.raises(DecodeFailed, match=r"llama_decode returned -?\d+ on 1 rows: .+"):
-        backend.decode([Rows(0, 7, [4], output=True)])
+        backend.decode([Rows(0, 7, [4], outputs=1)])
 
 
 def test_a_token_outside_the_vocabulary_is_a_failed_decode(tiny: Model, backend_on: BackendMaker) -> None:
     with pytest.raises(DecodeFailed):
-        backend_on(tiny).decode([Rows(0, 0, [512], output=True)])
+        backend_on(tiny).decode([Rows(0, 0, [512], outputs=1)])
 
 
 def test_a_full_slot_is_a_failed_decode(tiny: Model, backend_on: BackendMaker) -> None:
     backend = backend_on(tiny)
-    backend.decode([Rows(0, 0, prompt_of(256), output=False)])
+    backend.decode([Rows(0, 0, prompt_of(256), outputs=0)])
     with pytest.raises(DecodeFailed):
-        backend.decode([Rows(0, 256, [1], output=True)])
+        backend.decode([Rows(0, 256, [1], outputs=1)])
 
 
 def test_a_batch_never_exceeds_its_capacity() -> None:
     batch = Batch(8)
-    assert batch.add(0, 0, [1] * 5, output_last=True) == 4
+    assert batch.add(0, 0, [1] * 5, outputs=1) == 4
     with pytest.raises(ValueError, match="9 rows do not fit into a batch of 8"):
-        batch.add(1, 0, [1] * 4, output_last=True)
-    assert batch.add(1, 0, [1] * 3, output_last=False) == 7
+        batch.add(1, 0, [1] * 4, outputs=1)
+    assert batch.add(1, 0, [1] * 3, outputs=0) == 7
     batch.clear()
     assert batch.count == 0
 
 
 def test_a_batch_is_laid_out_for_llama_cpp() -> None:
     batch = Batch(8)
-    batch.add(3, 10, [7, 8], output_last=False)
-    batch.add(1, 0, [9], output_last=True)
+    batch.add(3, 10, [7, 8], outputs=0)
+    batch.add(1, 0, [9], outputs=1)
     struct = batch.struct
     assert struct.n_tokens == 3
     assert [struct.token[i] for i in range(3)] == [7, 8, 9]
@@ -187,9 +187,9 @@ def abortable(slow_model: Model, tmp_path: Path) -> Iterator[tuple[LlamaBackend,
 
 def test_another_thread_aborts_a_prefill(abortable: tuple[LlamaBackend, AbortFlag, AbortFlag]) -> None:
     backend, engine, node = abortable
-    backend.decode([Rows(1, 0, [5, 6], output=True)])
+    backend.decode([Rows(1, 0, [5, 6], outputs=1)])
     begun = time.monotonic()
-    backend.decode([Rows(1, 2, [7], output=True), Rows(0, 0, PROMPT[:500], output=True)])
+    backend.decode([Rows(1, 2, [7], outputs=1), Rows(0, 0, PROMPT[:500], outputs=1)])
     whole_s = time.monotonic() - begun
     expected = backend.logits(0), backend.logits(1)
     backend.truncate(0, 0)
@@ -205,7 +205,7 @@ def test_another_thread_aborts_a_prefill(abortable: tuple[LlamaBackend, AbortFla
     thread.start()
     engine.begin(1, [42])
     with pytest.raises(DecodeAborted):
-        backend.decode([Rows(1, 2, [7], output=True), Rows(0, 0, PROMPT[:500], output=True)])
+        backend.decode([Rows(1, 2, [7], outputs=1), Rows(0, 0, PROMPT[:500], outputs=1)])
     stopped = time.monotonic()
     engine.end()
     thread.join()
@@ -214,7 +214,7 @@ def test_another_thread_aborts_a_prefill(abortable: tuple[LlamaBackend, AbortFla
     backend.truncate(1, 2)
     assert (backend.length(0), backend.length(1)) == (0, 2)
     engine.begin(2, [42])
-    backend.decode([Rows(1, 2, [7], output=True), Rows(0, 0, PROMPT[:500], output=True)])
+    backend.decode([Rows(1, 2, [7], outputs=1), Rows(0, 0, PROMPT[:500], outputs=1)])
     engine.end()
     np.testing.assert_array_equal(backend.logits(0), expected[0])
     np.testing.assert_array_equal(backend.logits(1), expected[1])
@@ -222,16 +222,35 @@ def test_another_thread_aborts_a_prefill(abortable: tuple[LlamaBackend, AbortFla
 
 def test_an_abort_keeps_earlier_chunks(abortable: tuple[LlamaBackend, AbortFlag, AbortFlag]) -> None:
     backend, engine, node = abortable
-    backend.decode([Rows(0, 0, PROMPT[:128], output=False)])
-    backend.decode([Rows(0, 128, PROMPT[128:256], output=True)])
+    backend.decode([Rows(0, 0, PROMPT[:128], outputs=0)])
+    backend.decode([Rows(0, 128, PROMPT[128:256], outputs=1)])
     expected = backend.logits(0)
     backend.truncate(0, 128)
     engine.begin(1, [1])
     assert node.abort_prompt(1)
     with pytest.raises(DecodeAborted):
-        backend.decode([Rows(0, 128, PROMPT[128:256], output=True)])
+        backend.decode([Rows(0, 128, PROMPT[128:256], outputs=1)])
     engine.end()
     backend.truncate(0, 128)
     assert backend.length(0) == 128
-    backend.decode([Rows(0, 128, PROMPT[128:256], output=True)])
+    backend.decode([Rows(0, 128, PROMPT[128:256], outputs=1)])
     np.testing.assert_array_equal(backend.logits(0), expected)
+
+
+def test_several_rows_of_a_sequence_can_be_outputs(tiny: Model, backend_on: BackendMaker) -> None:
+    """One sampler draws once for each, in their order, as if the tokens had come one by one."""
+    backend, prompt = backend_on(tiny), list(prompt_of(40))
+    wanted = request(prompt, sampling=SamplingParams(temperature=1.0, seed=7))
+    alone, together = backend.sampler(wanted), backend.sampler(wanted)
+    try:
+        drawn = []
+        for end in (38, 39, 40):
+            backend.truncate(0, 0)
+            backend.decode([Rows(0, 0, prompt[:end], outputs=1)])
+            drawn.append(backend.sample(alone, 0))
+        backend.truncate(0, 0)
+        backend.decode([Rows(0, 0, prompt, outputs=3)])
+        assert [backend.sample(together, 0, output) for output in range(3)] == drawn
+    finally:
+        alone.close()
+        together.close()

@@ -135,12 +135,12 @@ model = Model(path, use_extra_bufts=True)
 context = Context(model, ContextOptions(n_ctx=256, n_seqs=12, n_threads=threads))
 backend = LlamaBackend(model, context)
 # A prompt alone, then one row of it in ever larger company.
-backend.decode([Rows(0, 0, list(range(1, 100)), output=True)])
+backend.decode([Rows(0, 0, list(range(1, 100)), outputs=1)])
 logits = [backend.logits(0)]
 for others in (0, 1, 11):
     for slot in range(12):
         backend.truncate(slot, 99 if slot == 0 else 0)
-    backend.decode([Rows(0, 99, [7], output=True), *(Rows(1 + i, 0, [9 + i], output=True) for i in range(others))])
+    backend.decode([Rows(0, 99, [7], outputs=1), *(Rows(1 + i, 0, [9 + i], outputs=1) for i in range(others))])
     logits.append(backend.logits(0))
 json.dump([each.tolist() for each in logits], sys.stdout)
 """

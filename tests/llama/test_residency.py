@@ -101,7 +101,7 @@ def test_weights_that_are_repacked_are_not_there_twice(tmp_path: Path) -> None:
     model = Model(path, use_extra_bufts=True)
     context = Context(model, ContextOptions(128, 1, 1))
     try:
-        context.batch.add(0, 0, [1, 2, 3], output_last=True)
+        context.batch.add(0, 0, [1, 2, 3], outputs=1)
         context.decode()
         # Norms and the embedding are used where they are.
         assert resident(path) < path.stat().st_size / 4

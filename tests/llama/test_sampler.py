@@ -81,12 +81,12 @@ def penalised(logits: np.ndarray, history: list[int], params: SamplingParams) ->
 def test_penalties_look_at_prompt_and_answer(backend: LlamaBackend, params: SamplingParams) -> None:
     sampler = backend.sampler(request(PROMPT, sampling=params))
     history = list(PROMPT)
-    backend.decode([Rows(0, 0, history, output=True)])
+    backend.decode([Rows(0, 0, history, outputs=1)])
     for _ in range(40):
         expected = penalised(backend.logits(0), history, params)
-        assert backend.sample(sampler, 0) == expected
+        assert backend.sample(sampler, 0).id == expected
         history.append(expected)
-        backend.decode([Rows(0, len(history) - 1, [expected], output=True)])
+        backend.decode([Rows(0, len(history) - 1, [expected], outputs=1)])
     sampler.close()
 
 
@@ -186,10 +186,10 @@ def test_greedy_says_what_llama_cpps_chain_says(backend: LlamaBackend, params: S
     chained._banned = None
     told = generate(backend, PROMPT, 30, params)
     backend.truncate(0, 0)
-    backend.decode([Rows(0, 0, PROMPT, output=True)])
+    backend.decode([Rows(0, 0, PROMPT, outputs=1)])
     for position, token in enumerate(told, len(PROMPT)):
-        assert backend.sample(chained, 0) == token
-        backend.decode([Rows(0, position, [token], output=True)])
+        assert backend.sample(chained, 0).id == token
+        backend.decode([Rows(0, position, [token], outputs=1)])
     chained.close()
 
 

@@ -55,10 +55,10 @@ class Pipeline:
             self.stages.append(StageContext(self.models[-1], options, is_tail=last == cuts[-1]))
 
     def decode(self, parts: Sequence[Rows]) -> None:
-        rows = [StageRows(p.slot, p.start, self.table.rows(p.tokens), p.output) for p in parts]
+        rows = [StageRows(p.slot, p.start, self.table.rows(p.tokens), p.outputs) for p in parts]
         for stage in self.stages[:-1]:
             hidden = np.split(stage.decode(rows), np.cumsum([len(part.rows) for part in rows])[:-1])
-            rows = [StageRows(p.slot, p.start, h, p.output) for p, h in zip(rows, hidden, strict=True)]
+            rows = [StageRows(p.slot, p.start, h, p.outputs) for p, h in zip(rows, hidden, strict=True)]
         assert self.tail.decode(rows).shape == (0, self.table.n_embd)
 
     @property
@@ -112,7 +112,7 @@ def test_logits_are_those_of_the_whole_model(
     pipeline = Pipeline(path, cuts, tmp_path)
     held = [0] * 4
     for step, sizes in enumerate(STEPS):
-        parts = [Rows(slot, held[slot], prompt_of(count, step + slot, 512), output=True) for slot, count in sizes]
+        parts = [Rows(slot, held[slot], prompt_of(count, step + slot, 512), outputs=1) for slot, count in sizes]
         whole.decode(parts)
         pipeline.decode(parts)
         for slot, count in sizes:
@@ -130,7 +130,7 @@ def test_any_type_of_weights(quant: Quant, tmp_path: Path) -> None:
     model = Model(path, use_extra_bufts=False)
     context = Context(model, OPTIONS)
     whole, pipeline = LlamaBackend(model, context), Pipeline(path, (0, 3, 5), tmp_path)
-    for part in (Rows(0, 0, prompt_of(70, 3, 512), output=True), Rows(0, 70, [511], output=True)):
+    for part in (Rows(0, 0, prompt_of(70, 3, 512), outputs=1), Rows(0, 70, [511], outputs=1)):
         whole.decode([part])
         pipeline.decode([part])
         np.testing.assert_array_equal(pipeline.tail.logits(0), whole.logits(0))
@@ -145,11 +145,11 @@ Decode = Callable[[Sequence[Rows]], None]
 def greedy(decode: Decode, sample: Callable[[], int], prompt: Sequence[int], count: int) -> list[int]:
     """`count` tokens after `prompt`, in slot 0."""
     tokens: list[int] = []
-    rows = Rows(0, 0, prompt, output=True)
+    rows = Rows(0, 0, prompt, outputs=1)
     while len(tokens) < count:
         decode([rows])
         tokens.append(sample())
-        rows = Rows(0, len(prompt) + len(tokens) - 1, [tokens[-1]], output=True)
+        rows = Rows(0, len(prompt) + len(tokens) - 1, [tokens[-1]], outputs=1)
     return tokens
 
 
@@ -159,14 +159,14 @@ def test_a_trained_model_tells_the_same_story(cuts: tuple[int, ...], stories: Mo
     context = Context(stories, OPTIONS)
     whole = LlamaBackend(stories, context)
     sampler = Sampler(GREEDY, stories.vocab, prompt, ())
-    expected = greedy(whole.decode, lambda: whole.sample(sampler, 0), prompt, 200)
+    expected = greedy(whole.decode, lambda: whole.sample(sampler, 0).id, prompt, 200)
     sampler.close()
     context.close()
 
     pipeline = Pipeline(stories_model(), cuts, tmp_path)
     tail, vocab = pipeline.tail, pipeline.models[-1].vocab
     sampler = Sampler(GREEDY, vocab, prompt, ())
-    told = greedy(pipeline.decode, lambda: sampler.sample(tail.context, tail.output_row(0)), prompt, 200)
+    told = greedy(pipeline.decode, lambda: sampler.sample(tail.context, tail.outputs[0][-1]), prompt, 200)
     sampler.close()
     assert told == expected
     assert b"".join(map(vocab.piece, told)).startswith(b", there was")
@@ -175,12 +175,12 @@ def test_a_trained_model_tells_the_same_story(cuts: tuple[int, ...], stories: Mo
 
 def test_stages_roll_back_and_go_on(small: Path, tmp_path: Path) -> None:
     pipeline = Pipeline(small, (0, 2, 5), tmp_path)
-    pipeline.decode([Rows(1, 0, prompt_of(64, 1, 512), output=False)])
-    pipeline.decode([Rows(1, 64, prompt_of(20, 2, 512), output=True)])
+    pipeline.decode([Rows(1, 0, prompt_of(64, 1, 512), outputs=0)])
+    pipeline.decode([Rows(1, 64, prompt_of(20, 2, 512), outputs=1)])
     expected = pipeline.tail.logits(1)
     for stage in pipeline.stages:
         stage.context.truncate(1, 64)
-    pipeline.decode([Rows(1, 64, prompt_of(20, 2, 512), output=True)])
+    pipeline.decode([Rows(1, 64, prompt_of(20, 2, 512), outputs=1)])
     np.testing.assert_array_equal(pipeline.tail.logits(1), expected)
     pipeline.close()
 
@@ -193,7 +193,7 @@ def test_the_kv_of_stages_is_that_of_the_whole_model(small: Path, tmp_path: Path
     backends = [whole, *map(LlamaBackend, pipeline.models, [stage.context for stage in pipeline.stages])]
     # Learnt by decoding a token, which a stage without a vocabulary can do too.
     layouts = [backend.learn() for backend in backends]
-    part = Rows(2, 0, prompt_of(64, 4, 512), output=True)
+    part = Rows(2, 0, prompt_of(64, 4, 512), outputs=1)
     whole.decode([part])
     pipeline.decode([part])
     contexts = [context, *(stage.context for stage in pipeline.stages)]
@@ -221,10 +221,10 @@ def test_only_the_tail_has_a_vocabulary(small: Path, tmp_path: Path) -> None:
 def test_a_stage_goes_on_after_a_decode_that_failed(small: Path, tmp_path: Path) -> None:
     pipeline = Pipeline(small, (0, 2, 5), tmp_path)
     first = pipeline.stages[0]
-    part = StageRows(0, 0, pipeline.table.rows([1, 2, 3]), output=False)
+    part = StageRows(0, 0, pipeline.table.rows([1, 2, 3]), outputs=0)
     expected = first.decode([part])
     with pytest.raises(DecodeFailed, match="on 3 rows"):
-        first.decode([StageRows(0, 100, part.rows, output=False)])
+        first.decode([StageRows(0, 100, part.rows, outputs=0)])
     first.context.truncate(0, 0)
     np.testing.assert_array_equal(first.decode([part]), expected)
     pipeline.close()
@@ -236,7 +236,7 @@ def test_an_abort_stops_a_stage_and_it_goes_on(small: Path, tmp_path: Path) -> N
     options = ContextOptions(256, 4, 1, _native.abort_callback_address(), engine.address)
     pipeline = Pipeline(small, (0, 2, 5), tmp_path, options)
     first = pipeline.stages[0]
-    part = StageRows(0, 0, pipeline.table.rows(prompt_of(64)), output=False)
+    part = StageRows(0, 0, pipeline.table.rows(prompt_of(64)), outputs=0)
     expected = first.decode([part])
     first.context.truncate(0, 0)
     engine.begin(1, [1])
@@ -256,7 +256,7 @@ def test_rows_of_a_wrong_shape_are_refused(small: Path, tmp_path: Path, shape: t
     pipeline = Pipeline(small, (0, 2, 5), tmp_path)
     for stage in pipeline.stages:
         with pytest.raises(ValueError, match="rows"):
-            stage.decode([StageRows(0, 0, np.zeros(shape, np.float32), output=True)])
+            stage.decode([StageRows(0, 0, np.zeros(shape, np.float32), outputs=1)])
     pipeline.close()
 
 
@@ -277,7 +277,7 @@ def test_a_tap_takes_no_more_than_fits(small: Path, tmp_path: Path) -> None:
     first = pipeline.stages[0]
     first._taken = np.full((2, 64), 7, np.float32)
     with pytest.raises(DecodeFailed, match="0 bytes of hidden rows for 3 rows"):
-        first.decode([StageRows(0, 0, pipeline.table.rows([1, 2, 3]), output=False)])
+        first.decode([StageRows(0, 0, pipeline.table.rows([1, 2, 3]), outputs=0)])
     assert (first._taken == 7).all()
     pipeline.close()
 

@@ -8,7 +8,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
+import msgspec
 import pytest
+from engine_support import part_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,36 +101,36 @@ class Replies(Wire):
             self.closed = True
 
 
-FIRST = TokenPart((7,), cached_tokens=2, tier="arena", queue_s=0.25, prefill_s=0.5, fetch_s=0.125)
+FIRST = part_of((7,), cached_tokens=2, tier="arena", queue_s=0.25, prefill_s=0.5, fetch_s=0.125)
 
 
 async def test_tokens_come_through_with_what_the_first_one_tells() -> None:
-    engine = Engine([FIRST, None, TokenPart((8,)), TokenPart((9,), "stop")])
+    engine = Engine([FIRST, None, part_of((8,)), part_of((9,), "stop")])
     wire = Wire(engine)
     got: list[TokenPart] = []
     async for part in remote_tokens(wire, REQUEST, LIMITS.n_vocab):
         got.append(part)
         engine.gate.set()
     # What was ready together came together.
-    assert got == [FIRST, TokenPart((8, 9), "stop")]
+    assert got == [FIRST, part_of((8, 9), "stop")]
     assert engine.requests == [REQUEST]
     assert (engine.closed, wire.silence_s) == (1, SILENCE_S)
 
 
 async def test_everything_at_once_is_one_part() -> None:
-    engine = Engine([FIRST, TokenPart((8,)), TokenPart((9,), "length")])
+    engine = Engine([FIRST, part_of((8,)), part_of((9,), "length")])
     got = [part async for part in remote_tokens(Wire(engine), REQUEST, LIMITS.n_vocab)]
-    assert got == [replace(FIRST, tokens=(7, 8, 9), finish="length")]
+    assert got == [msgspec.structs.replace(FIRST, tokens=part_of((7, 8, 9)).tokens, finish="length")]
 
 
 async def test_a_long_silence_is_filled_with_signs_of_life() -> None:
-    engine = Engine([None, FIRST, TokenPart((), "stop")])
+    engine = Engine([None, FIRST, part_of((), "stop")])
     sent: list[Reply] = []
     server = asyncio.create_task(serve_generate(Generate(REQUEST), sent.append, engine, LIMITS, keep_alive_s=0.005))
     await until(lambda: len(sent) >= 3)
     engine.gate.set()
     await server
-    assert sent.pop() == Part(replace(FIRST, finish="stop"))
+    assert sent.pop() == Part(msgspec.structs.replace(FIRST, finish="stop"))
     assert all(isinstance(each, KeepAlive) for each in sent)
     assert engine.closed == 1
 
@@ -171,32 +173,32 @@ async def test_an_asker_that_is_gone_cancels_the_run() -> None:
 
 async def test_what_may_follow_generated_tokens() -> None:
     request = replace(REQUEST, generated=(5, 6, 7))
-    good = Replies(Part(TokenPart((8, 9), "length", cached_tokens=6, tier="slot")))
+    good = Replies(Part(part_of((8, 9), "length", cached_tokens=6, tier="slot")))
     assert len([part async for part in remote_tokens(good, request, LIMITS.n_vocab)]) == 1
     with pytest.raises(WireError, match="3 tokens where 2"):
-        await anext(remote_tokens(Replies(Part(TokenPart((8, 9, 10), "length"))), request, LIMITS.n_vocab))
+        await anext(remote_tokens(Replies(Part(part_of((8, 9, 10), "length"))), request, LIMITS.n_vocab))
 
 
 @pytest.mark.parametrize(
     "replies",
     [
-        [Part(TokenPart((256,)))],
-        [Part(TokenPart((-1,)))],
-        [Part(TokenPart((1,) * 6))],
-        [Part(TokenPart((1,) * 5)), Part(TokenPart((1,), "stop"))],
-        [Part(TokenPart(()))],
-        [Part(TokenPart((1,), "stop")), Part(TokenPart((1,)))],
-        [Part(TokenPart((1,), "stop")), KeepAlive()],
-        [Part(TokenPart((1,)))],
+        [Part(part_of((256,)))],
+        [Part(part_of((-1,)))],
+        [Part(part_of((1,) * 6))],
+        [Part(part_of((1,) * 5)), Part(part_of((1,), "stop"))],
+        [Part(part_of(()))],
+        [Part(part_of((1,), "stop")), Part(part_of((1,)))],
+        [Part(part_of((1,), "stop")), KeepAlive()],
+        [Part(part_of((1,)))],
         [],
         [KeepAlive()],
         [Pong()],
-        [Part(replace(FIRST, cached_tokens=4))],
-        [Part(replace(FIRST, cached_tokens=-1))],
-        [Part(replace(FIRST, tier="cloud"))],
-        [Part(replace(FIRST, queue_s=-0.1))],
-        [Part(replace(FIRST, prefill_s=math.nan))],
-        [Part(replace(FIRST, fetch_s=math.inf))],
+        [Part(msgspec.structs.replace(FIRST, cached_tokens=4))],
+        [Part(msgspec.structs.replace(FIRST, cached_tokens=-1))],
+        [Part(msgspec.structs.replace(FIRST, tier="cloud"))],
+        [Part(msgspec.structs.replace(FIRST, queue_s=-0.1))],
+        [Part(msgspec.structs.replace(FIRST, prefill_s=math.nan))],
+        [Part(msgspec.structs.replace(FIRST, fetch_s=math.inf))],
     ],
 )
 async def test_nonsense_from_a_peer_is_a_wire_error(replies: list[Reply]) -> None:
@@ -273,14 +275,14 @@ def test_no_token_is_lost_or_repeated(pattern: list[int | None], finish: str) ->
             if token is None:
                 await asyncio.sleep(0)
             else:
-                yield TokenPart((token,))
-        yield TokenPart((), finish)  # type: ignore[arg-type]
+                yield part_of((token,))
+        yield part_of((), finish)  # type: ignore[arg-type]
 
     async def collect() -> list[TokenPart]:
         request = replace(REQUEST, max_tokens=20)
         return [part async for part in remote_tokens(Wire(run), request, LIMITS.n_vocab)]
 
     parts = asyncio.run(collect())
-    assert [token for part in parts for token in part.tokens] == tokens
+    assert [token for part in parts for token in part.ids] == tokens
     assert [part.finish for part in parts if part.finish] == [finish]
     assert parts[-1].finish == finish

@@ -24,7 +24,7 @@ NEXT = tuple(StageRef(NODES[n % 3], b"f" * 32, 5 + n, 6 + n, 9) for n in range(4
 
 NUMBERS = st.one_of(st.integers(-2, 10), st.integers(-(2**63), 2**63 - 1), st.integers(90, 110))
 SMALL = st.integers(0, 12)
-PARTS = st.builds(PassPart, st.binary(min_size=16, max_size=16), NUMBERS, NUMBERS, NUMBERS, st.booleans())
+PARTS = st.builds(PassPart, st.binary(min_size=16, max_size=16), NUMBERS, NUMBERS, NUMBERS, st.integers(-1, 2))
 COUNTS = st.lists(st.integers(1, 40), min_size=1, max_size=14)
 HOPS = st.builds(Hop, st.sampled_from(NODES), SMALL, SMALL)
 
@@ -35,7 +35,7 @@ def chain_from(cuts: list[int]) -> tuple[Hop, ...]:
 
 
 def good_parts(counts: list[int]) -> tuple[PassPart, ...]:
-    return tuple(PassPart(n.to_bytes(16), n, n, count, n % 2 == 0) for n, count in enumerate(counts))
+    return tuple(PassPart(n.to_bytes(16), n, n, count, (n + 1) % 2) for n, count in enumerate(counts))
 
 
 @given(
@@ -65,7 +65,7 @@ def test_a_pass_that_is_taken_is_within_all_bounds(
     assert 1 <= work.n_rows <= 512
     assert len({part.sequence for part in work.parts}) == len(work.parts)
     assert all(part.start >= 0 and part.count >= 1 and part.start + part.count <= 100 for part in work.parts)
-    assert all(0 <= part.epoch < 2**31 for part in work.parts)
+    assert all(0 <= part.epoch < 2**31 and part.outputs in (0, 1) for part in work.parts)
     ranges = [(REF.first, REF.last), *((each.first, each.last) for each in work.onward)]
     assert [first for first, _ in ranges[1:]] + [9] == [last for _, last in ranges]
 
@@ -73,7 +73,7 @@ def test_a_pass_that_is_taken_is_within_all_bounds(
 @given(COUNTS, st.lists(st.integers(6, 8), max_size=3))
 def test_a_pass_survives_the_way_to_a_peer(counts: list[int], cuts: list[int]) -> None:
     onward = tuple(StageRef(each.node, REF.fingerprint, each.first, each.last, 9) for each in chain_from(cuts))
-    parts = tuple(PassPart(n.to_bytes(16), n, n, count, n % 2 == 0) for n, count in enumerate(counts))
+    parts = tuple(PassPart(n.to_bytes(16), n, n, count, (n + 1) % 2) for n, count in enumerate(counts))
     work = Pass(parts, "q8_0", bytes(34 * sum(counts)), onward, "f32")
     message = decode(encode(calls.run_message(REF, work, work.limit_s)))
     assert isinstance(message, RunStage)
@@ -91,6 +91,6 @@ def test_rows_are_cut_into_frames_that_a_peer_takes() -> None:
 
 @pytest.mark.parametrize("limit_s", [0.0, -1.0, math.nan, math.inf, MOST_S * 1.01])
 def test_a_limit_of_time_that_is_none_is_refused(limit_s: float) -> None:
-    work = Pass((PassPart(b"s" * 16, 0, 0, 1, True),), "f32", bytes(128), NEXT)
+    work = Pass((PassPart(b"s" * 16, 0, 0, 1, 1),), "f32", bytes(128), NEXT)
     with pytest.raises(WireError, match="limit_s"):
         calls.checked_pass(calls.run_message(REF, work, limit_s), [memoryview(work.rows)], REF, BOUNDS)

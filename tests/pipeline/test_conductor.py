@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from engine_support import prompt_of, stories_model
+from engine_support import prompt_of, sampled_of, stories_model
 from pipeline_support import GREEDY, N_CTX, N_VOCAB, Rendezvous, Swarm, ThreadStage, policy, until
 
 from swarmcpp.core import GenerateRequest, SamplingParams, TokenPart
@@ -57,7 +57,7 @@ async def run(conductor: Conductor, requests: Sequence[GenerateRequest]) -> list
     for parts in answers:
         assert [part.finish for part in parts[:-1]] == [None] * (len(parts) - 1)
         assert parts[-1].finish
-    return [[token for part in parts for token in part.tokens] for parts in answers]
+    return [[token for part in parts for token in part.ids] for parts in answers]
 
 
 EIGHT = [request(length, 60, seed) for seed, length in enumerate((3, 40, 64, 70, 130, 200, 129, 20))]
@@ -117,7 +117,7 @@ async def test_a_prompt_that_was_there_before_comes_from_the_arenas(swarm_of: Sw
         assert third[0].cached_tokens == 128
     expected = whole([wanted])[0]
     for parts in (first, again, third):
-        assert [token for part in parts for token in part.tokens] == expected
+        assert [token for part in parts for token in part.ids] == expected
 
 
 async def test_ends_are_those_of_an_engine(swarm_of: SwarmMaker, whole: Whole) -> None:
@@ -126,13 +126,13 @@ async def test_ends_are_those_of_an_engine(swarm_of: SwarmMaker, whole: Whole) -
     tokens = whole([replace(long, max_tokens=N_CTX - 400)])[0]
     async with head(swarm) as conductor:
         parts = await parts_of(conductor, long)
-        assert [part.tokens[0] for part in parts] == tokens
+        assert [part.ids[0] for part in parts] == tokens
         assert parts[-1].finish == "length"
     swarm.facts = replace(swarm.facts, eog_tokens=frozenset({tokens[4]}))
     async with head(swarm) as conductor:
         parts = await parts_of(conductor, replace(long, sampling=replace(GREEDY, ignore_eos=False)))
         assert parts[-1].finish == "stop"
-        assert [part.tokens[0] for part in parts] == tokens[: tokens.index(tokens[4]) + 1]
+        assert [part.ids[0] for part in parts] == tokens[: tokens.index(tokens[4]) + 1]
 
 
 # -- overlap ---------------------------------------------------------------------------------------------------------
@@ -321,12 +321,12 @@ async def test_ids_that_cannot_be_are_a_failure_of_the_tail(swarm_of: SwarmMaker
     real = first.run
 
     async def run_wrongly(work: Pass) -> Passed:
-        return replace(await real(work), ids=(N_VOCAB,) * sum(part.output for part in work.parts))
+        return replace(await real(work), tokens=sampled_of(*(N_VOCAB for part in work.parts if part.outputs)))
 
     first.run = run_wrongly  # type: ignore[method-assign]
     async with head(swarm) as conductor:
         conductor._pause = no_pause
-        with pytest.raises(StageFailed, match="node1 answered a pass with ids that cannot be"):
+        with pytest.raises(StageFailed, match="node1 answered a pass with tokens that cannot be"):
             await parts_of(conductor, request(10))
 
 
@@ -467,7 +467,7 @@ async def test_who_finds_a_stage_full_waits_in_order(swarm_of: SwarmMaker, whole
             async for part in parts:
                 if not tokens:
                     firsts.append(number)
-                tokens += part.tokens
+                tokens += part.ids
         return tokens
 
     async with head(swarm) as conductor:
@@ -488,14 +488,14 @@ async def test_slots_and_queue_are_limits(swarm_of: SwarmMaker, whole: Whole) ->
         assert caught.value.retry_after == 3.0
         assert conductor.load().waiting >= 2
         assert conductor.load().backlog >= 40
-        answers = [[part.tokens[0] for part in await each] for each in running]
+        answers = [[part.ids[0] for part in await each] for each in running]
         assert max(len(rows) for stage in swarm.all for rows in stage.passes) == 1
     assert answers == whole(requests)
 
 
 async def test_too_long_prompts_are_refused(swarm_of: SwarmMaker) -> None:
     conductor = Conductor(swarm_of().facts, policy(), swarm_of().surroundings(), time.monotonic)
-    with pytest.raises(PromptTooLong, match=f"the prompt has {N_CTX} tokens and a sequence holds {N_CTX}"):
+    with pytest.raises(PromptTooLong, match=f"the prompt has {N_CTX} tokens and a slot holds {N_CTX}"):
         conductor.admit(request(N_CTX))
     assert conductor.admit(request(N_CTX - 3, 10)).max_tokens == 3
 

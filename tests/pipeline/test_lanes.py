@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from engine_support import sampled_of
 
 from swarmcpp.core import GenerateRequest, SamplingParams, TokenPart
 from swarmcpp.errors import StageFailed
@@ -35,8 +36,8 @@ class Asked:
         return [part.count for part in self.work.parts]
 
     def answer(self, token: int = 7) -> None:
-        ids = tuple(token for part in self.work.parts if part.output)
-        self.done(Passed(ids, (StageTime(0.01, 0.0),) * 2))
+        tokens = sampled_of(*(token for part in self.work.parts if part.outputs))
+        self.done(Passed(tokens, (StageTime(0.01, 0.0),) * 2))
 
 
 @dataclass
@@ -98,7 +99,13 @@ class Bed:
     def join(self, rows: int, max_tokens: int = 50) -> Run:
         self._count += 1
         request = GenerateRequest(f"r{self._count}", "m", (1,) * rows, max_tokens, SamplingParams(temperature=0.0))
-        run = Run(request, self._count, self._count.to_bytes(16), list(request.prompt), 0.0)
+        run = Run(
+            serial=self._count,
+            request=request,
+            tokens=list(request.prompt),
+            sequence=self._count.to_bytes(16),
+            arrived_s=0.0,
+        )
         run.placed(0, self.clock())
         self.lane.join(run)
         return run
@@ -174,7 +181,7 @@ async def test_tokens_are_told_when_the_first_stage_is_done_with_the_next_pass(b
         assert not waiting(run)
         bed.stages.asked[0].computed()
         part = await told(run)
-        assert isinstance(part, TokenPart) and part.tokens == (token,)
+        assert isinstance(part, TokenPart) and part.ids == [token]
 
 
 async def test_tokens_are_told_soon_though_the_first_stage_says_nothing(bed: Bed) -> None:
@@ -183,7 +190,7 @@ async def test_tokens_are_told_soon_though_the_first_stage_says_nothing(bed: Bed
     await told(run)
     bed.stages.take()[0].answer(2)
     part = await told(run)
-    assert isinstance(part, TokenPart) and part.tokens == (2,)
+    assert isinstance(part, TokenPart) and part.ids == [2]
 
 
 async def test_first_and_last_tokens_are_told_at_once(bed: Bed) -> None:
@@ -210,7 +217,7 @@ async def test_a_failure_comes_after_the_tokens_before_it(bed: Bed) -> None:
     asked.answer(3)
     assert [waiting(run), bed.stages.gone] == [3, [bed.lane]], "what comes of a pass after its end counts for nothing"
     news = [run.parts.get_nowait() for _ in range(3)]
-    assert [each.tokens for each in news[:2] if isinstance(each, TokenPart)] == [(1,), (2,)]
+    assert [each.ids for each in news[:2] if isinstance(each, TokenPart)] == [[1], [2]]
     assert isinstance(news[2], Broken) and news[2].own
 
 

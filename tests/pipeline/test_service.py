@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from engine_support import sampled_of
 from stage_peers import (
     BOUNDS,
     CTX,
@@ -106,7 +107,7 @@ def rows_of(count: int, seed: int = 1, n_embd: int = N_EMBD) -> Rows:
 
 
 def part(count: int, start: int = 0, sequence: bytes = SEQUENCE, epoch: int = 1, output: bool = True) -> PassPart:
-    return PassPart(sequence, epoch, start, count, output)
+    return PassPart(sequence, epoch, start, count, int(output))
 
 
 async def failure(caller: StageCaller, work: Pass) -> tuple[str, str]:
@@ -126,11 +127,13 @@ async def test_a_pass_goes_down_the_chain_and_its_ids_come_back(chain: Chain) ->
     rows = rows_of(7)
     done = layers(rows, 0, N_LAYERS)
     passed = await run_pass(chain.first, chain.work((part(4), part(3, sequence=other)), rows))
-    assert passed == Passed((token(done[:4]), token(done[4:])), (StageTime(0.5, 0.25),) * 3)
-    assert (await run_pass(chain.first, chain.work((part(2, 4, output=False),), rows_of(2)))).ids == ()
+    assert passed == Passed(sampled_of(token(done[:4]), token(done[4:])), (StageTime(0.5, 0.25),) * 3)
+    assert (await run_pass(chain.first, chain.work((part(2, 4, output=False),), rows_of(2)))).tokens == ()
     more = rows_of(1, 2)
     expected = token(np.concatenate([done[:3], layers(more, 0, N_LAYERS)]))
-    assert (await run_pass(chain.first, chain.work((part(1, 3),), more))).ids == (expected,), "cut back to 3 rows first"
+    assert (await run_pass(chain.first, chain.work((part(1, 3),), more))).tokens == sampled_of(expected), (
+        "cut back to 3 rows first"
+    )
 
 
 async def test_rows_travel_in_the_encodings_that_the_pass_names(chain: Chain) -> None:
@@ -145,7 +148,7 @@ async def test_the_largest_pass_goes_in_several_frames(peers: Peers) -> None:
     await chain.open(SEQUENCE)
     rows = rows_of(512, n_embd=8192)
     passed = await run_pass(chain.first, chain.work((part(512),), rows))
-    assert passed.ids == (token(layers(rows, 0, N_LAYERS)),)
+    assert passed.tokens == sampled_of(token(layers(rows, 0, N_LAYERS)))
 
 
 async def test_stages_of_the_head_and_two_of_one_node(peers: Peers) -> None:
@@ -157,7 +160,7 @@ async def test_stages_of_the_head_and_two_of_one_node(peers: Peers) -> None:
     rows = rows_of(5)
     work = Pass((part(5),), "f32", rows.tobytes(), tuple(refs[1:]))
     passed = await run_pass(head.service.caller(refs[0]), work)
-    assert passed.ids == (token(layers(rows, 0, N_LAYERS)),)
+    assert passed.tokens == sampled_of(token(layers(rows, 0, N_LAYERS)))
     assert len(passed.times) == 4
 
 
@@ -174,7 +177,9 @@ async def test_many_passes_keep_their_order_through_all_stages(chain: Chain) -> 
     for stage in chain.stages:
         await until(lambda stage=stage: len(stage.begun) == 64, "all are in flight")
         stage.gate.set()
-    assert [each.ids for each in await asyncio.gather(*passes)] == [(token(done[: n + 1]),) for n in range(64)]
+    assert [each.tokens for each in await asyncio.gather(*passes)] == [
+        sampled_of(token(done[: n + 1])) for n in range(64)
+    ]
     for stage in chain.stages:
         assert [parts[0].start for parts in stage.begun] == list(range(64))
 
@@ -273,7 +278,7 @@ async def test_a_pass_whose_head_is_gone_disturbs_nobody(chain: Chain) -> None:
     await other.open(b"2" * 16, 1, (), None, 3)
     for ref in chain.refs[1:]:
         await chain.nodes[0].service.caller(ref).open(b"2" * 16, 1, (), REQUEST, 3)
-    assert len((await run_pass(other, chain.work((part(3, sequence=b"2" * 16),), rows_of(3)))).ids) == 1
+    assert len((await run_pass(other, chain.work((part(3, sequence=b"2" * 16),), rows_of(3)))).tokens) == 1
 
 
 # -- sequences ---------------------------------------------------------------------------------------------------------
@@ -325,7 +330,7 @@ async def test_errors_of_a_peer_arrive_as_what_they_are(chain: Chain) -> None:
 
 
 def ask_of(ref: StageRef, *parts: PassPart, onward: tuple[Hop, ...] = ()) -> RunStage:
-    return RunStage(FINGERPRINT, calls.hop(ref), parts or (PassPart(SEQUENCE, 1, 0, 3, True),), "f32", onward)
+    return RunStage(FINGERPRINT, calls.hop(ref), parts or (PassPart(SEQUENCE, 1, 0, 3, 1),), "f32", onward)
 
 
 WHOLE = (Hop("1" * 16, 4, 6), Hop("2" * 16, 6, N_LAYERS))
@@ -334,27 +339,27 @@ BAD_PASSES = {
     "too few rows": (ask_of, (), WHOLE, [ROW * 2]),
     "too many rows": (ask_of, (), WHOLE, [ROW * 3, b"x"]),
     "no rows": (ask_of, (), WHOLE, []),
-    "an epoch below 0": (ask_of, (PassPart(SEQUENCE, -1, 0, 1, True),), WHOLE, [ROW]),
-    "a huge epoch": (ask_of, (PassPart(SEQUENCE, 2**40, 0, 1, True),), WHOLE, [ROW]),
-    "a start below 0": (ask_of, (PassPart(SEQUENCE, 1, -1, 1, True),), WHOLE, [ROW]),
-    "a start beyond the context": (ask_of, (PassPart(SEQUENCE, 1, CTX, 1, True),), WHOLE, [ROW]),
-    "an end beyond the context": (ask_of, (PassPart(SEQUENCE, 1, CTX - 1, 2, True),), WHOLE, [ROW * 2]),
-    "no row in a part": (ask_of, (PassPart(SEQUENCE, 1, 0, 0, True),), WHOLE, []),
+    "an epoch below 0": (ask_of, (PassPart(SEQUENCE, -1, 0, 1, 1),), WHOLE, [ROW]),
+    "a huge epoch": (ask_of, (PassPart(SEQUENCE, 2**40, 0, 1, 1),), WHOLE, [ROW]),
+    "a start below 0": (ask_of, (PassPart(SEQUENCE, 1, -1, 1, 1),), WHOLE, [ROW]),
+    "a start beyond the context": (ask_of, (PassPart(SEQUENCE, 1, CTX, 1, 1),), WHOLE, [ROW]),
+    "an end beyond the context": (ask_of, (PassPart(SEQUENCE, 1, CTX - 1, 2, 1),), WHOLE, [ROW * 2]),
+    "no row in a part": (ask_of, (PassPart(SEQUENCE, 1, 0, 0, 1),), WHOLE, []),
     "a negative count": (
         ask_of,
-        (PassPart(SEQUENCE, 1, 0, -1, True), PassPart(b"2" * 16, 1, 0, 2, True)),
+        (PassPart(SEQUENCE, 1, 0, -1, 1), PassPart(b"2" * 16, 1, 0, 2, 1)),
         WHOLE,
         [ROW],
     ),
     "513 rows": (
         ask_of,
-        (PassPart(SEQUENCE, 1, 0, 512, True), PassPart(b"2" * 16, 1, 0, 1, True)),
+        (PassPart(SEQUENCE, 1, 0, 512, 1), PassPart(b"2" * 16, 1, 0, 1, 1)),
         WHOLE,
         [ROW * 513],
     ),
     "a sequence twice": (
         ask_of,
-        (PassPart(SEQUENCE, 1, 0, 1, True), PassPart(SEQUENCE, 1, 1, 1, True)),
+        (PassPart(SEQUENCE, 1, 0, 1, 1), PassPart(SEQUENCE, 1, 1, 1, 1)),
         WHOLE,
         [ROW * 2],
     ),
@@ -555,7 +560,7 @@ async def test_nodes_of_a_mesh_ask_one_another() -> None:
         rows = rows_of(3)
         work = Pass((part(3),), "f32", rows.tobytes(), (stages[1].ref,))
         passed = await run_pass(head.service.caller(stages[0].ref), work)
-        assert passed.ids == (token(layers(rows, 0, N_LAYERS)),)
+        assert passed.tokens == sampled_of(token(layers(rows, 0, N_LAYERS)))
     finally:
         for services in nodes:
             await services.mesh.close()

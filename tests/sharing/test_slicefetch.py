@@ -448,7 +448,7 @@ async def test_stages_from_parts_compute_what_the_model_does(node: Node, model: 
     whole = Model(model, use_extra_bufts=False)
     context = Context(whole, options)
     backend = LlamaBackend(whole, context)
-    backend.decode([Rows(0, 0, tokens, output=True)])
+    backend.decode([Rows(0, 0, tokens, outputs=1)])
     cuts = [0, 2, 5, 6]
     found = [await node.obtain(a, b, node.whole_peer(), embedding=a == 0) for a, b in pairwise(cuts)]
     assert [each.embedding for each in found] == [True, False, False]
@@ -456,7 +456,7 @@ async def test_stages_from_parts_compute_what_the_model_does(node: Node, model: 
     for files, last in zip(found, cuts[1:], strict=True):
         part = Model(files.slice, use_extra_bufts=False)
         stage = StageContext(part, options, is_tail=last == N_LAYERS)
-        rows = stage.decode([StageRows(0, 0, rows, output=True)])
+        rows = stage.decode([StageRows(0, 0, rows, outputs=1)])
         if last == N_LAYERS:
             np.testing.assert_array_equal(stage.logits(0), backend.logits(0))
         stage.close()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_support import part_of
 
 from swarmcpp.core import EngineStats
 from swarmcpp.errors import EngineFailed, WireError
@@ -91,7 +92,7 @@ async def test_messages_go_both_ways_in_order(node: Node) -> None:
             node.send(Cancel(serial))
         for serial in range(500):
             assert await heard(worker) == Cancel(serial)
-        steps = [StepOut((TokenOut(1, token),), EngineStats(1, 1, 0)) for token in range(500)]
+        steps = [StepOut((TokenOut(1, part_of((token,))),), EngineStats(1, 1, 0)) for token in range(500)]
 
         def send_all() -> None:
             for step in steps:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_support import prompt_of, request
+from engine_support import ids_of, prompt_of, request
 from stage_support import FINGERPRINT, N_EMBD, N_LAYERS, N_VOCAB, Chain, cut, stage_model
 
 from swarmcpp.core import GenerateRequest, KvLayout
@@ -126,7 +126,7 @@ class Head:
         encoding: RowEncoding = "f32"
         rows: Any = encode_rows(EmbeddingTable(self.path).rows(tokens), encoding)
         for each in self.stages:
-            part = PassPart(self.name, self.epoch, start, len(tokens), output)
+            part = PassPart(self.name, self.epoch, start, len(tokens), int(output))
             computed = await within(each.run([part], encoding, rows, self.wire))
             rows, encoding = computed.rows, self.wire
         return computed
@@ -138,7 +138,7 @@ class Head:
             stop = min(len(self.tokens), start - start % 64 + 64) if start < len(self.asked.prompt) else start + 1
             last = stop == len(self.tokens)
             computed = await self.run(start, self.tokens[start:stop], output=last)
-            self.told += computed.ids
+            self.told += ids_of(computed.tokens)
             start = stop
         return self.told
 
@@ -198,7 +198,7 @@ async def test_a_sequence_that_is_open_keeps_its_kv(path: Path) -> None:
         assert await head.open() == 79
         assert await head.generate(20, 79) == expected(path, asked, 20)
         with pytest.raises(StageLost, match="open in epoch 2 was asked for in epoch 1"):
-            await stages[0].run([PassPart(A, 1, 0, 1, False)], "f32", bytes(4 * N_EMBD), "f32")
+            await stages[0].run([PassPart(A, 1, 0, 1, 0)], "f32", bytes(4 * N_EMBD), "f32")
         with pytest.raises(StageLost, match="epoch 1 of a sequence that is open in epoch 2"):
             await stages[0].open(A, 1, (), None, 5)
 
@@ -208,14 +208,14 @@ async def test_passes_follow_each_other_in_the_order_of_calls(path: Path) -> Non
         await first.open(A, 1, (), None, 300)
         await first.resume(A, 1, 0)
         passes = [
-            asyncio.create_task(first.run([PassPart(A, 1, start, 10, False)], "f32", bytes(40 * N_EMBD), "f32"))
+            asyncio.create_task(first.run([PassPart(A, 1, start, 10, 0)], "f32", bytes(40 * N_EMBD), "f32"))
             for start in range(0, 200, 10)
         ]
         done = await within(asyncio.gather(*passes))
         assert all(len(computed.rows) == 40 * N_EMBD and computed.compute_s > 0 for computed in done)
         # A hole fails alone, and what follows it too; the sequence goes on from what is there.
         hole, after = (
-            asyncio.create_task(first.run([PassPart(A, 1, start, 1, False)], "f32", bytes(4 * N_EMBD), "f32"))
+            asyncio.create_task(first.run([PassPart(A, 1, start, 1, 0)], "f32", bytes(4 * N_EMBD), "f32"))
             for start in (250, 200)
         )
         with pytest.raises(StageLost, match="position 250 of a sequence with 200 tokens"):
@@ -234,23 +234,23 @@ async def test_what_is_wrong_is_refused(path: Path) -> None:
             await first.open(A, 1, (bytes(32),) * 9, None, 100)
         await first.open(A, 1, (), None, 100)
         with pytest.raises(StageLost, match="not resumed"):
-            await first.run([PassPart(A, 1, 0, 1, False)], "f32", row, "f32")
+            await first.run([PassPart(A, 1, 0, 1, 0)], "f32", row, "f32")
         for n_tokens in (-1, 1):
             with pytest.raises(WireError, match="where 0 were offered"):
                 await first.resume(A, 1, n_tokens)
         await first.resume(A, 1, 0)
         with pytest.raises(WireError, match="3 bytes of f32 for 1 rows"):
-            await within(first.run([PassPart(A, 1, 0, 1, False)], "f32", b"123", "f32"))
+            await within(first.run([PassPart(A, 1, 0, 1, 0)], "f32", b"123", "f32"))
         with pytest.raises(WireError):
-            await first.run([PassPart(A, 1, 2**70, 1, False)], "f32", row, "f32")
+            await first.run([PassPart(A, 1, 2**70, 1, 0)], "f32", row, "f32")
         with pytest.raises(QueueFull, match="are the limits"):
-            await first.run([PassPart(A, 1, 0, 1, False)], "f32", bytes(MAX_BYTES_UNDER_WAY + 1), "f32")
+            await first.run([PassPart(A, 1, 0, 1, 0)], "f32", bytes(MAX_BYTES_UNDER_WAY + 1), "f32")
         with pytest.raises(StageLost, match="not open here"):
             await first.store(B, 1, ())
         await first.open(B, 1, (), None, 100)
         with pytest.raises(QueueFull, match="all 2 sequences"):
             await first.open(C, 1, (), None, 100)
-        computed = await within(first.run([PassPart(A, 1, 0, 1, False)], "f32", row, "q8_0"))
+        computed = await within(first.run([PassPart(A, 1, 0, 1, 0)], "f32", row, "q8_0"))
         assert len(computed.rows) == N_EMBD // 32 * 34, "none of it hurt anybody"
 
 
@@ -261,7 +261,7 @@ async def test_a_head_that_is_gone_leaves_its_sequence_to_others(path: Path) -> 
             await first.open(name, 1, (), None, 100)
             await first.resume(name, 1, 0)
         clock.advance(IDLE_S - 1)
-        await within(first.run([PassPart(B, 1, 0, 1, False)], "f32", bytes(4 * N_EMBD), "f32"))
+        await within(first.run([PassPart(B, 1, 0, 1, 0)], "f32", bytes(4 * N_EMBD), "f32"))
         assert first.free == 0
         clock.advance(1)
         assert first.free == 1
@@ -269,7 +269,7 @@ async def test_a_head_that_is_gone_leaves_its_sequence_to_others(path: Path) -> 
         with pytest.raises(StageLost):
             await first.resume(A, 1, 0)
         await first.resume(C, 1, 0)
-        await within(first.run([PassPart(C, 1, 0, 1, False)], "f32", bytes(4 * N_EMBD), "f32"))
+        await within(first.run([PassPart(C, 1, 0, 1, 0)], "f32", bytes(4 * N_EMBD), "f32"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -286,7 +286,7 @@ async def test_a_death_takes_the_sequences_and_leaves_the_blocks(path: Path, tmp
         assert all(cache and cache.stats().blocks == 3 for cache in caches)
         assert len({cache.path for cache in caches if cache}) == 2
         tail = stages[1]
-        part = PassPart(A, 1, 0, 1, False)
+        part = PassPart(A, 1, 0, 1, 0)
         os.kill(tail.status.pid, signal.SIGSTOP)
         lost = [asyncio.create_task(tail.run([part], "f32", bytes(4 * N_EMBD), "f32")) for _ in range(3)]
         lost.append(asyncio.create_task(tail.open(B, 1, head.keys, None, 199)))  # type: ignore[arg-type]
@@ -366,7 +366,7 @@ async def test_close_fails_what_waits(path: Path) -> None:
         first = await stack.enter_async_context(stage(path, 0, 2))
         await first.open(A, 1, (), None, 100)
         await first.resume(A, 1, 0)
-        waiting = asyncio.create_task(first.run([PassPart(A, 1, 0, 64, False)], "f32", bytes(256 * N_EMBD), "f32"))
+        waiting = asyncio.create_task(first.run([PassPart(A, 1, 0, 64, 0)], "f32", bytes(256 * N_EMBD), "f32"))
         await asyncio.sleep(0)
         await first.close()
         with pytest.raises(NotReady, match="shutting down"):

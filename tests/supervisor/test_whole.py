@@ -18,7 +18,7 @@ import psutil
 import pytest
 from engine_support import GREEDY, poll, prompt_of, request, stories_model
 
-from swarmcpp.core import KvLayout, SamplingParams
+from swarmcpp.core import KvLayout, SamplingParams, TokenPart
 from swarmcpp.errors import BadModel, EngineFailed, NotReady, PromptTooLong, WireError
 from swarmcpp.kv.arena import Arena
 from swarmcpp.kv.cache import PrefixCache
@@ -26,7 +26,7 @@ from swarmcpp.kv.keys import KvIdentity
 from swarmcpp.models.synthetic import TINY, Shape, write_model
 from swarmcpp.supervisor.process import MAX_CRASHES, MAX_KILLS, EngineStatus
 from swarmcpp.supervisor.whole import EngineStream, EngineSupervisor
-from swarmcpp.wire.engine import EngineOptions, TokenOut
+from swarmcpp.wire.engine import EngineOptions
 
 pytestmark = pytest.mark.e2e
 
@@ -105,8 +105,8 @@ async def until(condition: Callable[[], bool], what: str) -> None:
         await asyncio.sleep(0.005)
 
 
-async def collect(stream: EngineStream) -> list[TokenOut]:
-    async def all_of() -> list[TokenOut]:
+async def collect(stream: EngineStream) -> list[TokenPart]:
+    async def all_of() -> list[TokenPart]:
         return [out async for out in stream]
 
     return await asyncio.wait_for(all_of(), DEADLINE_S)
@@ -115,7 +115,7 @@ async def collect(stream: EngineStream) -> list[TokenOut]:
 async def tokens_of(stream: EngineStream) -> list[int]:
     outs = await collect(stream)
     assert [out.finish is not None for out in outs] == [False] * (len(outs) - 1) + [True]
-    return [out.token for out in outs]
+    return [token for out in outs for token in out.ids]
 
 
 def python(code: str) -> tuple[str, ...]:
@@ -219,9 +219,9 @@ def test_the_engine_dies_with_its_node(tiny: Path) -> None:
     """kill -9 of the node: nobody is left to stop the engine, and it goes all the same."""
     script = f"""
 import asyncio, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(Path(__file__).parents[n]) for n in (0, 1)]!r}
 from pathlib import Path
-from test_supervisor import EngineSupervisor, options
+from test_whole import EngineSupervisor, options
 async def main():
     supervisor = EngineSupervisor(options(Path({str(tiny)!r})))
     supervisor.start()
@@ -256,7 +256,7 @@ async def test_killed_in_mid_generation_streams_go_on_with_the_same_tokens() -> 
         seen: list[int] = []
         pids = {supervisor.status.pid}
         async for out in streams[0]:
-            seen.append(out.token)
+            seen += out.ids
             if len(seen) in (1, 2, 40, 90):
                 await until(lambda: supervisor.status.pid not in (0, *pids) or len(pids) == 1, "a new engine")
                 pids.add(supervisor.status.pid)
@@ -409,7 +409,7 @@ async def test_an_engine_that_floods_its_stderr_cannot_block(tiny: Path) -> None
 # A worker without a model: prompt (7,) gets one token for each engine that sees it, prompt (13,) kills the engine.
 SCRIPTED = """
 import json, os, sys
-from swarmcpp.core import EngineStats
+from swarmcpp.core import EngineStats, Token, TokenPart
 from swarmcpp.supervisor.workerlink import WorkerLink
 from swarmcpp.wire.engine import Fault, LoadProgress, Ready, StepOut, Submit, TokenOut
 link = WorkerLink(json.loads(sys.stdin.readline()))
@@ -425,7 +425,7 @@ while True:
         break
     count = len(request.generated)
     finish = "length" if count + 1 == request.max_tokens else None
-    link.send(StepOut((TokenOut(message.serial, 100 + count, finish),), EngineStats(2, 1, 0)))
+    link.send(StepOut((TokenOut(message.serial, TokenPart((Token(100 + count),), finish)),), EngineStats(2, 1, 0)))
 link.send(Fault("decode_failed", "poison"))
 link.close()
 sys.exit(1)

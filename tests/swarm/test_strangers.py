@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 import zmq
+from engine_support import part_of
 from swarm_support import DEADLINE_S, HOST, Peers, pong, swarm
 
-from swarmcpp.core import GenerateRequest, TokenPart
+from swarmcpp.core import GenerateRequest
 from swarmcpp.peers import Address, Capability, Load, StageOffer
 from swarmcpp.swarm.endpoint import Responder
 from swarmcpp.swarm.peerlink import PeerLink
@@ -83,12 +84,12 @@ MESSAGES: list[PeerMessage] = [
     GetChunk(ROOT, 3),
     OpenSequence(ROOT, HOP, IDS[0], 1, (ROOT,), 3, GenerateRequest("r", "m", (1, 2, 3), 10)),
     ResumeSequence(ROOT, HOP, IDS[0], 1, 2),
-    RunStage(ROOT, HOP, (PassPart(IDS[0], 1, 0, 3, True), PassPart(IDS[1], 1, 9, 1, False)), "f32", (HOP,), "q8_0"),
+    RunStage(ROOT, HOP, (PassPart(IDS[0], 1, 0, 3, 1), PassPart(IDS[1], 1, 9, 1, 0)), "f32", (HOP,), "q8_0"),
     StoreSequence(ROOT, HOP, IDS[0], 1, (ROOT,)),
     CloseSequence(ROOT, HOP, IDS[0]),
     Welcome(1, CAPABILITY, (ADDRESS,)),
     Pong(),
-    Part(TokenPart((1, 2), "stop")),
+    Part(part_of((1, 2), "stop")),
     KeepAlive(),
     Blocks((ROOT,)),
     BlockPage(IDS, 1, True),

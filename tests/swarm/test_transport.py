@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 import zmq
+from engine_support import part_of
 from swarm_support import DEADLINE_S, HOST, Peers, pong, swarm, until
 
-from swarmcpp.core import GenerateRequest, TokenPart
+from swarmcpp.core import GenerateRequest
 from swarmcpp.errors import BadConfig, PeerLost, PeerTimeout, PortInUse, QueueFull, SwarmError, UnknownModel, WireError
 from swarmcpp.peers import Address, Load
 from swarmcpp.swarm.endpoint import Endpoint, Handler, Limits, Responder
@@ -117,9 +118,9 @@ async def test_requests_in_parallel_get_each_its_own_reply(peers: Peers) -> None
 
 
 async def test_a_stream_ends_with_its_last_part(peers: Peers) -> None:
-    parts = [Part(TokenPart((n,))) for n in range(500)]
-    last = Part(TokenPart((7,), finish="stop"))
-    _, address = await peers.endpoint(answering(KeepAlive(), *parts, last, Part(TokenPart((8,)))))
+    parts = [Part(part_of((n,))) for n in range(500)]
+    last = Part(part_of((7,), finish="stop"))
+    _, address = await peers.endpoint(answering(KeepAlive(), *parts, last, Part(part_of((8,)))))
     link = peers.link(address)
     assert [reply async for reply in link.stream(GENERATE, silence_s=DEADLINE_S)] == [KeepAlive(), *parts, last]
     assert await ping(link) == []
@@ -161,12 +162,12 @@ async def test_closing_a_stream_cancels_the_task_at_the_server(peers: Peers) -> 
     holding = Holding()
 
     async def handle(message: Ask, payload: list[memoryview], respond: Responder) -> None:
-        respond.send(Part(TokenPart((1,))))
+        respond.send(Part(part_of((1,))))
         await holding(message, payload, respond)
 
     _, address = await peers.endpoint(handle)
     stream = peers.link(address).stream(GENERATE, silence_s=DEADLINE_S)
-    assert await anext(stream) == Part(TokenPart((1,)))
+    assert await anext(stream) == Part(part_of((1,)))
     assert holding.cancelled == 0
     await stream.aclose()
     await until(lambda: holding.cancelled == 1, "the task ends")
@@ -316,7 +317,7 @@ async def test_a_stream_that_nobody_takes_fails_and_is_cancelled(peers: Peers) -
         nonlocal sent
         try:
             while True:
-                respond.send(Part(TokenPart((sent,))))
+                respond.send(Part(part_of((sent,))))
                 sent += 1
                 await asyncio.sleep(0)
         except asyncio.CancelledError:

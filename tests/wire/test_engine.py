@@ -7,10 +7,11 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
+from engine_support import part_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcpp.core import BlockRef, EngineStats, GenerateRequest, KvLayout, SamplingParams
+from swarmcpp.core import BlockRef, EngineStats, GenerateRequest, KvLayout, SamplingParams, Token, TokenPart
 from swarmcpp.errors import WireError
 from swarmcpp.wire import engine
 from swarmcpp.wire.engine import (
@@ -57,17 +58,20 @@ requests = st.builds(
     cache_salt=text,
     deadline_s=st.none() | numbers,
 )
-token_outs = st.builds(
-    TokenOut,
-    serial=ids,
-    token=tokens,
+sampled = st.builds(Token, tokens, st.none() | numbers, st.lists(st.tuples(tokens, numbers), max_size=3).map(tuple))
+token_parts = st.builds(
+    TokenPart,
+    tokens=st.lists(sampled, max_size=3).map(tuple),
     finish=st.sampled_from([None, "stop", "length"]),
     cached_tokens=st.integers(0, 2**31),
     tier=text,
     bad_blocks=st.booleans(),
     queue_s=numbers,
     prefill_s=numbers,
+    fetch_s=numbers,
 )
+passed = st.lists(st.lists(sampled, max_size=2).map(tuple), max_size=4).map(tuple)
+token_outs = st.builds(TokenOut, ids, token_parts)
 blocks = st.builds(BlockRef, slot=ids, digest=st.binary(max_size=32))
 stats = st.builds(
     EngineStats,
@@ -92,7 +96,7 @@ options = st.builds(
     batched_prefill_forward=st.booleans(),
 )
 rows = st.lists(ids, max_size=3).map(tuple)
-run_parts = st.builds(engine.RunPart, ids, ids, ids, st.booleans())
+run_parts = st.builds(engine.RunPart, ids, ids, ids, ids)
 encodings = st.sampled_from(["f32", "q8_0"])
 layouts = st.builds(KvLayout, magic=ids, n_stream=ids, k_type=ids, v_type=ids, k_rows=rows, v_rows=rows)
 by_class: dict[type, st.SearchStrategy[Any]] = {
@@ -112,7 +116,15 @@ by_class: dict[type, st.SearchStrategy[Any]] = {
         engine.BlocksStored, ids, st.lists(st.tuples(ids, st.binary(max_size=32)), max_size=3).map(tuple)
     ),
     engine.Placed: st.builds(engine.Placed, ids, ids, ids, st.booleans(), text, text),
-    engine.Ran: st.builds(engine.Ran, ids, st.lists(tokens, max_size=4).map(tuple), numbers, st.booleans(), text, text),
+    engine.Ran: st.builds(
+        engine.Ran,
+        ids,
+        passed,
+        numbers,
+        st.booleans(),
+        text,
+        text,
+    ),
     Fault: st.builds(Fault, text, text),
     engine.StepOut: st.builds(
         engine.StepOut,
@@ -218,15 +230,18 @@ def test_unknown_fields_of_a_newer_peer_are_ignored(message: Message) -> None:
     newer = {**fields, "added_later": [1, {"a": 2}]}
     if "stats" in fields:
         newer["stats"] = {**fields["stats"], "more": 1}
-        newer["tokens"] = [[*token, "more"] for token in fields["tokens"]]
+        newer["tokens"] = [
+            [serial, [[[*token, "more"] for token in tokens], *told, "more"], "more"]
+            for serial, (tokens, *told) in fields["tokens"]
+        ]
     if fields.get("request"):
         newer["request"] = {**fields["request"], "more": None}
     assert decode(bytes((VERSION,)) + msgspec.msgpack.encode(newer)) == message
 
 
 def test_missing_fields_of_an_older_peer_have_their_defaults() -> None:
-    step = engine.StepOut((TokenOut(1, 2),), EngineStats(1, 0, 0))
+    step = engine.StepOut((TokenOut(1, part_of((2,))),), EngineStats(1, 0, 0))
     fields = msgspec.msgpack.decode(encode(step)[1:])
     del fields["refused"]
-    fields["tokens"] = [[1, 2]]
+    fields["tokens"] = [[1, [[[2]]]]]
     assert decode(bytes((VERSION,)) + msgspec.msgpack.encode(fields)) == step
