@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from swarmcpp.errors import PeerLost, PeerTimeout, SnapshotError
+from swarmcpp.kv.arena import Hashed
 from swarmcpp.sharing.blockserver import BlockServer, Governor
 from swarmcpp.sharing.fetch import PrefixQuery
-from swarmcpp.sharing.fetchcontext import FetchContext, FetchSettings, Payload
+from swarmcpp.sharing.fetchcontext import FetchContext, FetchSettings
 from swarmcpp.swarm.links import LinkBook
 from swarmcpp.wire.peers import Ask, Blocks, FetchBlocks, Ping, Pong, Reply, decode, encode
 
@@ -35,12 +36,12 @@ def payload(i: int) -> bytes:
     return bytes((i % 256, 0x3C)) * (BLOCK_BYTES // 2)
 
 
-def quantise(data: bytes) -> bytes:
+def quantise(data: bytes | memoryview) -> bytes:
     """Half the size; right for payloads that repeat one value."""
-    return data[: len(data) * 34 // 64]
+    return bytes(data[: len(data) * 34 // 64])
 
 
-def dequantise(data: Payload, size: int) -> bytes:
+def dequantise(data: bytes | memoryview, size: int) -> bytes:
     if len(data) * 64 != size * 34:
         raise SnapshotError("not the size of a quantised block")
     return bytes(data[:2]) * (size // 2)
@@ -61,7 +62,7 @@ class SteppedClock:
 
 
 def make_server(clock: SteppedClock, n: int, *, busy: Callable[[], bool] = lambda: False) -> BlockServer:
-    blocks = {key(i): payload(i) for i in range(n)}
+    blocks = {key(i): Hashed.of(payload(i)) for i in range(n)}
     server = BlockServer(ROOT, blocks.get, quantise, block_id, Governor(busy, clock, clock.sleep))
     server.add(blocks)
     return server
@@ -186,16 +187,17 @@ class Swarm:
     def drop(self, root: bytes, ids: Sequence[bytes], peer: str) -> None:
         self.dropped.append((peer, list(ids)))
 
-    async def store(self, first: int, payloads: Sequence[Payload], *, exact: bool) -> int:
+    async def store(self, first: int, payloads: Sequence[Hashed], *, exact: bool) -> int:
         await asyncio.sleep(0)
         self.exact.add(exact)
-        for offset, data in enumerate(payloads):
-            if bytes(data[:2]) == NAN:
+        for offset, data in enumerate(bytes(each.data) for each in payloads):
+            assert payloads[offset] == Hashed.of(data), "the digest is that of the payload"
+            if data[:2] == NAN:
                 raise SnapshotError(f"block {first + offset} holds values that are not finite")
             if len(self.stored) >= self.room:
                 return offset
             assert all(i in self.stored for i in range(min(self.stored, default=first), first + offset))
-            self.stored[first + offset] = bytes(data)
+            self.stored[first + offset] = data
         return len(payloads)
 
     def context(self, settings: FetchSettings | None = None) -> FetchContext:

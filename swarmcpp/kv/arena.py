@@ -57,6 +57,19 @@ class StoredBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class Hashed:
+    """Bytes of a block with their BLAKE3, which whoever made this has computed of them, or compared with them."""
+
+    data: bytes | memoryview
+    digest: bytes
+
+    @staticmethod
+    def of(data: bytes | memoryview) -> Hashed:
+        """Bytes that nobody has hashed yet."""
+        return Hashed(data, blake3(data).digest())
+
+
+@dataclass(frozen=True, slots=True)
 class ArenaGeometry:
     """Where things are in the file; sizes in bytes."""
 

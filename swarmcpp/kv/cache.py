@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from blake3 import blake3
 
 from swarmcpp._native import all_finite_f16
 from swarmcpp.core import BlockRef
 from swarmcpp.errors import SnapshotError
-from swarmcpp.kv.arena import Arena, StoredBlock
+from swarmcpp.kv.arena import Arena, Hashed, StoredBlock
 from swarmcpp.kv.index import ROOT, Block, BlockIndex
 from swarmcpp.kv.keys import KvIdentity, block_keys
 from swarmcpp.telemetry import diag
@@ -307,7 +306,7 @@ class PrefixCache:
         with self._lock:
             return [block.key for block in self._index.all_blocks() if block.exact]
 
-    def insert(self, keys: Sequence[bytes], first: int, payloads: Sequence[bytes | memoryview], *, exact: bool) -> int:
+    def insert(self, keys: Sequence[bytes], first: int, payloads: Sequence[Hashed], *, exact: bool) -> int:
         """Store the blocks of keys[first : first + len(payloads)], whose predecessors are here, as a peer sent them.
 
         Returns how many of them, from the first, are here now: fewer than payloads when there is no room, or when the
@@ -319,7 +318,7 @@ class PrefixCache:
         chain: list[Block] = []
         try:
             for number, payload in enumerate(payloads, first):
-                self._check(number, payload)
+                self._check(number, payload.data)
                 with self._lock:
                     block = self._claim(keys[number], keys[number - 1] if number else ROOT, exact)
                     if block is None:
@@ -358,26 +357,25 @@ class PrefixCache:
             self._arena.erase(known.slot)
         return known
 
-    def _fill(self, block: Block, payload: bytes | memoryview, exact: bool) -> bool:
+    def _fill(self, block: Block, payload: Hashed, exact: bool) -> bool:
         """Write a claimed block; a failure drops it with its continuations."""
         written = True
         try:
-            self._arena.write(block.slot, payload)
+            self._arena.write(block.slot, payload.data)
         except OSError as error:
             self._cannot("write", error)
             written = False
-        digest = blake3(payload).digest()
         with self._lock:
             if self._index.get(block.key) is not block:
                 return False
             block.exact = exact
-            if written and self._enter(block, digest):
+            if written and self._enter(block, payload.digest):
                 self._stored += 1
                 return True
             self._remove(block)
         return False
 
-    def read_block(self, key: bytes) -> bytes | None:
+    def read_block(self, key: bytes) -> Hashed | None:
         """The payload of an exact block, as another node may have it; None when there is none. A damaged one goes."""
         with self._lock:
             block = self._index.get(key)
@@ -385,7 +383,7 @@ class PrefixCache:
                 return None
         return self._read(key)
 
-    def _read(self, key: bytes) -> bytes | None:
+    def _read(self, key: bytes) -> Hashed | None:
         with self._lock:
             block = self._index.get(key)
             if block is None or not block.ready:
@@ -393,10 +391,10 @@ class PrefixCache:
             block.pins += 1
         payload = None
         try:
-            payload = self._arena.read(block.slot)
+            payload = Hashed.of(self._arena.read(block.slot))
         except OSError as error:
             self._cannot("read", error)
-        sound = payload is not None and blake3(payload).digest() == block.digest
+        sound = payload is not None and payload.digest == block.digest
         with self._lock:
             block.pins -= 1
             if payload is not None and not sound and self._index.get(key) is block:
@@ -408,7 +406,7 @@ class PrefixCache:
         """How far a block is from another that should be its equal: RMS of the difference over RMS of the reference,
         in the worst of the pieces of PIECE_VALUES values. None when one of them is not here."""
         payload, expected = self._read(key), self._read(reference)
-        return None if payload is None or expected is None else relative_rms(payload, expected)
+        return None if payload is None or expected is None else relative_rms(payload.data, expected.data)
 
     def drop(self, keys: Iterable[bytes]) -> int:
         """Forget blocks together with all that continues them; how many were dropped."""
@@ -477,7 +475,7 @@ def verify(arena: Arena) -> tuple[int, int]:
     load_index(arena, index)
     erased = 0
     for block in index.all_blocks():
-        if index.get(block.key) is block and blake3(arena.read(block.slot)).digest() != block.digest:
+        if index.get(block.key) is block and Hashed.of(arena.read(block.slot)).digest != block.digest:
             gone = index.remove(block)
             erased += len(gone)
             for each in gone:
@@ -485,7 +483,7 @@ def verify(arena: Arena) -> tuple[int, int]:
     return len(index), erased
 
 
-def relative_rms(payload: bytes, reference: bytes) -> float:
+def relative_rms(payload: bytes | memoryview, reference: bytes | memoryview) -> float:
     """RMS of the difference of two payloads of halves over RMS of the reference, in the worst piece of PIECE_VALUES."""
     got, expected = (np.frombuffer(each, "<f2").astype(np.float32) for each in (payload, reference))
     starts = np.arange(0, expected.size, PIECE_VALUES)

@@ -13,6 +13,7 @@ from typing import Final, cast
 from swarmcpp.config import Config
 from swarmcpp.core import Clock, GenerateRequest, SamplingParams
 from swarmcpp.errors import SwarmError
+from swarmcpp.kv.arena import Hashed
 from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.llama import kvwire
 from swarmcpp.peers import NodeId
@@ -222,7 +223,7 @@ class SharedBlocks:
         have: int,
         ended: asyncio.Event,
     ) -> FetchResult:
-        async def store(first: int, payloads: Sequence[bytes | memoryview], *, exact: bool) -> int:
+        async def store(first: int, payloads: Sequence[Hashed], *, exact: bool) -> int:
             return await asyncio.to_thread(cache.insert, keys, first, payloads, exact=exact)
 
         async def front(n_blocks: int) -> bool:

@@ -10,10 +10,9 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from blake3 import blake3
-
 from swarmcpp.core import Clock
 from swarmcpp.errors import QueueFull, SnapshotError
+from swarmcpp.kv.arena import Hashed
 from swarmcpp.sharing.shipping import can_quantise
 from swarmcpp.telemetry import diag
 from swarmcpp.wire.peers import MAX_FRAMES, MAX_IDS, BlockPage, Blocks, FetchBlocks, ListBlocks
@@ -100,9 +99,8 @@ class Governor:
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    data: bytes
-    """Empty: the block cannot be served."""
-    digest: bytes
+    frame: Hashed | None
+    """None: the block cannot be served."""
     cost_s: float
 
 
@@ -113,8 +111,8 @@ class BlockServer:
     def __init__(
         self,
         root: bytes,
-        read_block: Callable[[bytes], bytes | None],
-        quantise: Callable[[bytes], bytes],
+        read_block: Callable[[bytes], Hashed | None],
+        quantise: Callable[[bytes | memoryview], bytes],
         block_id: Callable[[bytes], bytes],
         governor: Governor,
     ) -> None:
@@ -160,7 +158,7 @@ class BlockServer:
         page = self._sorted[begin : begin + MAX_IDS]
         return BlockPage(tuple(page), sequence, begin + len(page) < len(self._sorted))
 
-    async def answer(self, message: FetchBlocks) -> tuple[Blocks, list[bytes]]:
+    async def answer(self, message: FetchBlocks) -> tuple[Blocks, list[bytes | memoryview]]:
         """The leading run of what was asked for, within budget and sizes; empty when the first block is not here.
 
         Raises QueueFull when there is no time to serve even the first one.
@@ -188,8 +186,8 @@ class BlockServer:
         )
         return Blocks(tuple(frame.digest for frame in frames)), [frame.data for frame in frames]
 
-    async def _run(self, message: FetchBlocks, deadline: float) -> list[_Loaded]:
-        frames: list[_Loaded] = []
+    async def _run(self, message: FetchBlocks, deadline: float) -> list[Hashed]:
+        frames: list[Hashed] = []
         size = 0
         wanted = message.ids[:MAX_FRAMES] if message.root == self._root else ()
         for block in wanted:
@@ -202,24 +200,24 @@ class BlockServer:
                     raise self._too_busy()
                 break
             # An asker that cancels meanwhile has been charged: the thread goes on with its block.
-            frame = await asyncio.to_thread(self._load, key, message.encoding == "q8_0")
-            self._governor.settle(charged_s, frame.cost_s)
-            if not frame.data:
+            loaded = await asyncio.to_thread(self._load, key, message.encoding == "q8_0")
+            self._governor.settle(charged_s, loaded.cost_s)
+            if not loaded.frame:
                 break
-            frames.append(frame)
-            size += len(frame.data)
+            frames.append(loaded.frame)
+            size += len(loaded.frame.data)
         return frames
 
     def _load(self, key: bytes, quantised: bool) -> _Loaded:
         begun = time.thread_time()
-        data = self._read_block(key) or b""
-        if data and quantised:
+        frame = self._read_block(key)
+        if frame and quantised:
             try:
-                data = self._quantise(data) if can_quantise(len(data)) else b""
+                frame = Hashed.of(self._quantise(frame.data)) if can_quantise(len(frame.data)) else None
             except SnapshotError:
-                data = b""
-        digest = blake3(data).digest()
-        return _Loaded(data, digest, time.thread_time() - begun + len(data) / SEND_BYTES_PER_S)
+                frame = None
+        size = len(frame.data) if frame else 0
+        return _Loaded(frame, time.thread_time() - begun + size / SEND_BYTES_PER_S)
 
     @staticmethod
     def _too_busy() -> QueueFull:

@@ -16,6 +16,7 @@ from typing import Any, Final
 from swarmcpp.core import Clock
 from swarmcpp.engine.scheduler import TILE_ROWS
 from swarmcpp.errors import SwarmError
+from swarmcpp.kv.arena import Hashed
 from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.llama import kvwire
 from swarmcpp.peers import NodeId
@@ -172,7 +173,7 @@ class StageCopies:
         """A stage of this node is gone."""
         self._shared.pop(ref, None)
 
-    async def answer(self, message: FetchBlocks) -> tuple[Blocks, list[bytes]]:
+    async def answer(self, message: FetchBlocks) -> tuple[Blocks, list[bytes | memoryview]]:
         """Blocks of stages for a peer; none of a root that no stage has. Raises QueueFull."""
         for shared in self._shared.values():
             if shared.cache.arena_root == message.root:
@@ -212,7 +213,7 @@ class StageCopies:
             if cache is None or have == len(keys):
                 return
 
-            async def store(first: int, payloads: Sequence[bytes | memoryview], *, exact: bool) -> int:
+            async def store(first: int, payloads: Sequence[Hashed], *, exact: bool) -> int:
                 return await asyncio.to_thread(cache.insert, keys, first, payloads, exact=exact)
 
             query = PrefixQuery(

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from swarmcpp.core import Clock
+from swarmcpp.kv.arena import Hashed
 from swarmcpp.peers import NodeId
 from swarmcpp.sharing.shipping import KvWire
 from swarmcpp.swarm.links import LinkBook
 from swarmcpp.wire.peers import Caller
-
-Payload = bytes | memoryview
 
 
 class HolderIndex(Protocol):
@@ -40,7 +39,7 @@ class Trust(Protocol):
 class Store(Protocol):
     """Where blocks go."""
 
-    async def __call__(self, first: int, payloads: Sequence[Payload], *, exact: bool) -> int:
+    async def __call__(self, first: int, payloads: Sequence[Hashed], *, exact: bool) -> int:
         """Store payloads of the prompt's blocks from number `first`, whose predecessors are there.
 
         Returns how many from `first` are there now. Raises SnapshotError when a payload is not sound.
@@ -52,7 +51,7 @@ Front = Callable[[int], Coroutine[Any, Any, bool]]
 """Computes so many blocks of a prompt here, the first that are missing; whether they are stored now. Cancelling it ends
 the work at once."""
 
-Dequantise = Callable[[Payload, int], bytes]
+Dequantise = Callable[[bytes | memoryview, int], bytes]
 """(Q8_0 frame, bytes of the F16 payload) -> payload. Raises SnapshotError on a frame that is not that."""
 
 

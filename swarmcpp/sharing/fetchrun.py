@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from blake3 import blake3
-
 from swarmcpp.errors import PeerTimeout, SnapshotError, SwarmError
+from swarmcpp.kv.arena import Hashed
 from swarmcpp.peers import NodeId
-from swarmcpp.sharing.fetchcontext import FetchContext, Payload, Store
+from swarmcpp.sharing.fetchcontext import FetchContext, Store
 from swarmcpp.sharing.shipping import Progress, Shipment, ShipPlan, fetch_limit_s, overtaken
 from swarmcpp.telemetry import diag
 from swarmcpp.wire.peers import MAX_FRAMES, Blocks, Caller, FetchBlocks, Reply
@@ -90,11 +89,11 @@ class FetchRun:
     """Blocks that can still be had: those before the first that nobody is left for."""
     _pending: set[int] = field(init=False)
     """Blocks that nobody is being asked for, and that are not here."""
-    _arrived: dict[int, tuple[NodeId, Payload]] = field(init=False, default_factory=dict)
+    _arrived: dict[int, tuple[NodeId, Hashed]] = field(init=False, default_factory=dict)
     _peers: dict[NodeId, _Peer] = field(init=False, default_factory=dict)
     _gone: set[NodeId] = field(init=False, default_factory=set)
-    _asks: dict[asyncio.Task[list[Payload]], _Request] = field(init=False, default_factory=dict)
-    _ended: list[asyncio.Task[list[Payload]]] = field(init=False, default_factory=list)
+    _asks: dict[asyncio.Task[list[Hashed]], _Request] = field(init=False, default_factory=dict)
+    _ended: list[asyncio.Task[list[Hashed]]] = field(init=False, default_factory=list)
     _storing: asyncio.Task[int] | None = field(init=False, default=None)
     _delivering: tuple[NodeId, int] = field(init=False, default=("", 0))
     _begun: float = field(init=False)
@@ -239,7 +238,7 @@ class FetchRun:
         self._pending.difference_update(range(first, first + count))
         return _Request(peer, first, count)
 
-    async def _ask(self, request: _Request) -> list[Payload]:
+    async def _ask(self, request: _Request) -> list[Hashed]:
         settings, peer = self.context.settings, request.peer
         ids = tuple(self.ids[request.first : request.first + request.count])
         budget_s = min(60.0, peer.timeout_s * settings.server_s / settings.request_s)
@@ -253,35 +252,38 @@ class FetchRun:
         self.received += size
         return await asyncio.to_thread(self._checked, reply, frames, request.count)
 
-    def _checked(self, reply: Reply, frames: list[memoryview], asked: int) -> list[Payload]:
+    def _checked(self, reply: Reply, frames: list[memoryview], asked: int) -> list[Hashed]:
         """The payloads in an answer. Raises _UnsoundError when it is not a sound one."""
         if not isinstance(reply, Blocks) or len(reply.digests) != len(frames) or len(frames) > asked:
             raise _UnsoundError(f"an answer of {len(frames)} frames to a request for {asked} blocks is not sound")
-        for digest, frame in zip(reply.digests, frames, strict=True):
-            if len(frame) != self.plan.wire_block_bytes:
-                raise _UnsoundError(f"a block of {len(frame)} bytes where {self.plan.wire_block_bytes} are right")
-            if blake3(frame).digest() != digest:
+        came: list[Hashed] = []
+        for digest, data in zip(reply.digests, frames, strict=True):
+            if len(data) != self.plan.wire_block_bytes:
+                raise _UnsoundError(f"a block of {len(data)} bytes where {self.plan.wire_block_bytes} are right")
+            came.append(Hashed.of(data))
+            if came[-1].digest != digest:
                 raise _UnsoundError("a block is not what its digest says")
         # With a front they may wait for long, and are half as large as they came.
         if self.front:
-            return list(frames)
+            return came
         try:
-            return self._decoded(frames)
+            return self._decoded(came)
         except SnapshotError as error:
             raise _UnsoundError(str(error)) from error
 
-    def _decoded(self, frames: Sequence[Payload]) -> list[Payload]:
+    def _decoded(self, frames: list[Hashed]) -> list[Hashed]:
         """Payloads of blocks as they came. Raises SnapshotError when one is not sound."""
         if self.plan.encoding == "f16":
-            return list(frames)
+            return frames
         size = self.what.block_bytes
-        payloads: list[Payload] = [self.context.dequantise(frame, size) for frame in frames]
+        payloads = [self.context.dequantise(frame.data, size) for frame in frames]
         for payload in payloads:
             if len(payload) != size:
                 raise SnapshotError(f"a block of {len(payload)} bytes where {size} are right")
-        return payloads
+        # Of the payload, as the arena has it: the digest that came is that of the frame.
+        return [Hashed.of(payload) for payload in payloads]
 
-    def _settle(self, ask: asyncio.Task[list[Payload]], request: _Request) -> None:
+    def _settle(self, ask: asyncio.Task[list[Hashed]], request: _Request) -> None:
         peer, wanted = request.peer, range(request.first, request.first + request.count)
         peer.outstanding -= 1
         came = 0
@@ -337,7 +339,7 @@ class FetchRun:
             self._drop([ask for ask, request in self._asks.items() if request.first >= lost])
             self._pending = {i for i in self._pending if i < lost}
 
-    def _drop(self, asks: list[asyncio.Task[list[Payload]]]) -> None:
+    def _drop(self, asks: list[asyncio.Task[list[Hashed]]]) -> None:
         for ask in asks:
             request = self._asks.pop(ask)
             request.peer.outstanding -= 1
@@ -352,7 +354,7 @@ class FetchRun:
         if self._storing or self._computing or self.stored not in self._arrived:
             return
         sender = self._arrived[self.stored][0]
-        payloads: list[Payload] = []
+        payloads: list[Hashed] = []
         most = max(1, _STORE_BYTES // self.what.block_bytes)
         while len(payloads) < most and (entry := self._arrived.get(self.stored + len(payloads))):
             if entry[0] != sender:
@@ -362,7 +364,7 @@ class FetchRun:
         self._storing = asyncio.create_task(self._stored_now(self.have + self.stored, payloads, exact))
         self._delivering = (sender, len(payloads))
 
-    async def _stored_now(self, first: int, payloads: list[Payload], exact: bool) -> int:
+    async def _stored_now(self, first: int, payloads: list[Hashed], exact: bool) -> int:
         if self.front:
             payloads = await asyncio.to_thread(self._decoded, payloads)
         return await self.store(first, payloads, exact=exact)

@@ -20,6 +20,7 @@ from kv.blocks_on_disk import BLOCK_BYTES, BLOCK_TOKENS, Rig, chain, open_rig, p
 
 from swarmcpp.errors import SnapshotError
 from swarmcpp.kv import arena as arena_module
+from swarmcpp.kv.arena import Hashed
 from swarmcpp.kv.cache import PIECE_VALUES, PrefixCache, relative_rms
 
 A, B, C = chain(1, 3), chain(2, 4), chain(3, 2)
@@ -33,8 +34,8 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
         assert all(block.pins == 0 for block in rig.cache._index._blocks.values())
 
 
-def payloads(keys: Sequence[bytes]) -> list[bytes]:
-    return [payload_of(key) for key in keys]
+def payloads(keys: Sequence[bytes]) -> list[Hashed]:
+    return [Hashed.of(payload_of(key)) for key in keys]
 
 
 def insert(
@@ -97,7 +98,7 @@ def test_a_block_without_the_one_before_it_is_not_stored(rig: Rig) -> None:
 
 def test_frames_of_the_wire_are_taken_as_they_are(rig: Rig) -> None:
     keys = rig.cache.keys(A, "")
-    assert rig.cache.insert(keys, 0, [memoryview(each) for each in payloads(keys)], exact=True) == 3
+    assert rig.cache.insert(keys, 0, [Hashed.of(memoryview(each.data)) for each in payloads(keys)], exact=True) == 3
     assert rig.recall(A) == 3
 
 
@@ -108,7 +109,7 @@ def test_a_payload_that_is_no_block_stops_there(rig: Rig, bad: bytes) -> None:
     keys = rig.cache.keys(B, "")
     sound = payloads(keys)
     with pytest.raises(SnapshotError, match="block 2"):
-        rig.cache.insert(keys, 0, [*sound[:2], bad, sound[3]], exact=True)
+        rig.cache.insert(keys, 0, [*sound[:2], Hashed.of(bad), sound[3]], exact=True)
     assert rig.recall(B) == 2
     assert insert(rig.cache, B, 2) == 2
 
@@ -139,14 +140,14 @@ def test_leased_blocks_are_no_room(tmp_path: Path) -> None:
         assert rig.sound(lease) == 3
 
 
-class Slow(list[bytes]):
+class Slow(list[Hashed]):
     """Payloads between which others use the cache."""
 
-    def __init__(self, payloads: Sequence[bytes], meanwhile: Callable[[], object]) -> None:
+    def __init__(self, payloads: Sequence[Hashed], meanwhile: Callable[[], object]) -> None:
         super().__init__(payloads)
         self.meanwhile = meanwhile
 
-    def __iter__(self) -> Iterator[bytes]:
+    def __iter__(self) -> Iterator[Hashed]:
         for payload in super().__iter__():
             self.meanwhile()
             yield payload
@@ -253,11 +254,11 @@ def test_exactness_outlives_the_node(tmp_path: Path) -> None:
 def test_an_exact_block_replaces_an_inexact_one_and_not_the_other_way_round(rig: Rig) -> None:
     mirror = Mirror(rig.cache)
     keys = rig.cache.keys(A, "")
-    near = [bytes(BLOCK_BYTES)] * 3
+    near = [Hashed.of(bytes(BLOCK_BYTES))] * 3
     assert rig.cache.insert(keys, 0, near, exact=False) == 3
     assert insert(rig.cache, A, 1, count=1) == 1
     assert rig.cache.all_keys() == [keys[1]]
-    assert rig.cache.read_block(keys[1]) == payload_of(keys[1])
+    assert rig.cache.read_block(keys[1]) == Hashed.of(payload_of(keys[1]))
     assert insert(rig.cache, A) == 3
     assert [rig.cache.read_block(key) for key in keys] == payloads(keys)
     assert rig.cache.insert(keys, 0, near, exact=False) == 3
@@ -369,7 +370,7 @@ def test_a_block_stays_while_it_is_read(tmp_path: Path, monkeypatch: pytest.Monk
             return read(slot)
 
         monkeypatch.setattr(rig.cache._arena, "read", slow)
-        assert rig.cache.read_block(keys[1]) == payload_of(keys[1])
+        assert rig.cache.read_block(keys[1]) == Hashed.of(payload_of(keys[1]))
         monkeypatch.undo()
         assert rig.store(A) == 2
 
@@ -398,11 +399,11 @@ def test_compare_tells_how_far_two_blocks_are_apart(rig: Rig) -> None:
     values = halves(1)
     others = {"same": values, "near": (values * np.float16(1.01)).astype("<f2"), "other": halves(2)}
     first = rig.cache.keys(A[:BLOCK_TOKENS], "")[0]
-    rig.cache.insert([first], 0, [values.tobytes()], exact=True)
+    rig.cache.insert([first], 0, [Hashed.of(values.tobytes())], exact=True)
     distance = {}
     for name, payload in others.items():
         key = rig.cache.keys(A[:BLOCK_TOKENS], name)[0]
-        rig.cache.insert([key], 0, [payload.tobytes()], exact=name != "near")
+        rig.cache.insert([key], 0, [Hashed.of(payload.tobytes())], exact=name != "near")
         distance[name] = rig.cache.compare(key, first)
     assert distance["same"] == 0.0
     assert distance["near"] == pytest.approx(0.01, rel=0.1)
@@ -509,7 +510,7 @@ def test_threads_neither_see_a_wrong_block_nor_lose_a_change(tmp_path: Path, cap
                         rig.store(tokens)
                     for key in rig.cache.keys(tokens, ""):
                         payload = rig.cache.read_block(key)
-                        assert payload is None or payload == payload_of(key)
+                        assert payload is None or payload == Hashed.of(payload_of(key))
                         served[seed] += payload is not None
                     if draw.random() < 0.1:
                         rig.cache.drop(keys[-1:] if seed else ())

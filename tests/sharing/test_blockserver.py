@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcpp.errors import QueueFull, SnapshotError
+from swarmcpp.kv.arena import Hashed
 from swarmcpp.sharing.blockserver import (
     BUSY_BURST_S,
     BUSY_SHARE,
@@ -33,7 +34,10 @@ def wanted(*numbers: int, encoding: str = "f16", root: bytes = ROOT, budget_s: f
 
 
 def large_server(clock: SteppedClock, block: bytes, *, busy: bool = False) -> BlockServer:
-    server = BlockServer(ROOT, lambda _key: block, quantise, block_id, Governor(lambda: busy, clock, clock.sleep))
+    # Hashed each time, as a cache does with what it reads.
+    server = BlockServer(
+        ROOT, lambda _key: Hashed.of(block), quantise, block_id, Governor(lambda: busy, clock, clock.sleep)
+    )
     server.add(key(i) for i in range(100))
     return server
 
@@ -54,18 +58,18 @@ async def test_quantised_on_request(clock: SteppedClock) -> None:
 
 
 async def test_what_cannot_be_quantised_is_not_here(clock: SteppedClock) -> None:
-    def refuse(data: bytes) -> bytes:
+    def refuse(data: bytes | memoryview) -> bytes:
         raise SnapshotError("not finite")
 
     for block, how in ((bytes(66), quantise), (bytes(64), refuse)):
-        server = BlockServer(ROOT, {key(0): block}.get, how, block_id, Governor(lambda: False, clock))
+        server = BlockServer(ROOT, {key(0): Hashed.of(block)}.get, how, block_id, Governor(lambda: False, clock))
         server.add([key(0)])
         assert (await server.answer(wanted(0, encoding="q8_0")))[1] == []
         assert (await server.answer(wanted(0)))[1] == [block]
 
 
 async def test_removed_and_lost_blocks_end_the_run(clock: SteppedClock) -> None:
-    blocks = {key(i): payload(i) for i in range(4)}
+    blocks = {key(i): Hashed.of(payload(i)) for i in range(4)}
     server = BlockServer(ROOT, blocks.get, quantise, block_id, Governor(lambda: False, clock))
     assert server.add(blocks) == [block_id(key(i)) for i in range(4)]
     del blocks[key(3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from block_peers import Trusting, block_id
 from swarm_support import until
 
 from swarmcpp.errors import PeerLost, PeerTimeout
-from swarmcpp.kv.arena import Arena, ArenaGeometry
+from swarmcpp.kv.arena import Arena, ArenaGeometry, Hashed
 from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.kv.keys import KvIdentity, block_keys
 from swarmcpp.llama import kvwire
@@ -22,6 +24,7 @@ from swarmcpp.peers import StageOffer
 from swarmcpp.pipeline.contract import StageRef
 from swarmcpp.sharing.copies import MAX_WAITING, StageCopies
 from swarmcpp.sharing.fetchcontext import FetchContext, FetchSettings
+from swarmcpp.sharing.shipping import KvWire
 from swarmcpp.swarm.links import LinkBook
 from swarmcpp.testing import FakeClock
 from swarmcpp.wire.peers import Ask, FetchBlocks, OfferBlocks, Pong, Reply, decode, encode
@@ -29,11 +32,14 @@ from swarmcpp.wire.peers import Ask, FetchBlocks, OfferBlocks, Pong, Reply, deco
 FINGERPRINT = b"f" * 32
 IDENTITY = KvIdentity(FINGERPRINT, 64, (1, 1))
 BLOCK_BYTES = 64 << 10
+FRAME_BYTES = BLOCK_BYTES * 34 // 64
+"""Of a block as Q8_0."""
+
 KEYS = block_keys(IDENTITY.root(), list(range(64 * 5)), 64)
 
 
-def payload(number: int) -> bytes:
-    return bytes((number, 0x3C)) * (BLOCK_BYTES // 2)
+def payload(number: int) -> Hashed:
+    return Hashed.of(bytes((number, 0x3C)) * (BLOCK_BYTES // 2))
 
 
 @dataclass
@@ -164,6 +170,46 @@ async def test_what_one_stores_the_other_has_soon(pair: Pair) -> None:
     fetched = [each for each in there.wire.asked if isinstance(each, FetchBlocks)]
     assert sum(len(each.ids) for each in fetched) == 5, "nothing travels twice"
     await idle(here, there)
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of all blocks and frames of blocks that are hashed by whatever module."""
+    sizes: list[int] = []
+
+    def counted(data: bytes | memoryview, *args: Any, **kwargs: Any) -> Any:
+        if len(data) >= FRAME_BYTES:
+            sizes.append(len(data))
+        return blake3(data, *args, **kwargs)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("swarmcpp.") and getattr(module, "blake3", None) is blake3:
+            monkeypatch.setattr(module, "blake3", counted)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("wire", "sizes"),
+    [
+        # Read from a disk, and come from a peer.
+        ("f16", [BLOCK_BYTES, BLOCK_BYTES]),
+        # Read from a disk, and a new frame; come from a peer, and a new payload.
+        ("q8_0", [BLOCK_BYTES, FRAME_BYTES, FRAME_BYTES, BLOCK_BYTES]),
+    ],
+)
+async def test_a_block_is_hashed_once_after_each_way(
+    pair: Pair, hashed: list[int], wire: KvWire, sizes: list[int]
+) -> None:
+    here, there = pair()
+    there.copies._context = replace(there.copies._context, settings=FetchSettings(kv_wire=wire))
+    hashed.clear()
+    here.store(1)
+    stored, _ = len(hashed), hashed.clear()
+    await there.has(1)
+    await idle(here, there)
+    assert (stored, hashed) == (1, sizes)
+    (entry,) = there.cache._arena.entries()
+    assert entry.digest == Hashed.of(there.cache._arena.read(entry.slot)).digest
 
 
 @pytest.mark.parametrize(("replicate", "wanted"), [("auto", True), ("on", True), ("off", False)])

@@ -14,7 +14,7 @@ import pytest
 from engine_support import poll, prompt_of, request
 
 from swarmcpp.core import KvLayout
-from swarmcpp.kv.arena import Arena, ArenaGeometry
+from swarmcpp.kv.arena import Arena, ArenaGeometry, Hashed
 from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.kv.keys import KvIdentity
 from swarmcpp.models.synthetic import TINY, write_model
@@ -92,7 +92,7 @@ async def until(condition: Callable[[], bool], what: str) -> None:
         await asyncio.sleep(0.005)
 
 
-async def computed(supervisor: EngineSupervisor, tokens: tuple[int, ...]) -> list[bytes]:
+async def computed(supervisor: EngineSupervisor, tokens: tuple[int, ...]) -> list[Hashed]:
     """Payloads of the blocks of a prompt as the engine computes them; the arena has them then."""
     cache = supervisor.cache
     assert cache is not None
