@@ -26,8 +26,8 @@ from swarmcpp.pipeline.contract import StageRef
 from swarmcpp.route.passes import pass_s
 from swarmcpp.sharing.blocks import tell_on_loop
 from swarmcpp.sharing.blockserver import BlockServer, Governor
-from swarmcpp.sharing.fetch import PrefixQuery, fetch_prefix
-from swarmcpp.sharing.fetchcontext import FetchContext, Trust
+from swarmcpp.sharing.fetch import PrefixQuery, fetch_copy
+from swarmcpp.sharing.fetchcontext import FetchContext
 from swarmcpp.telemetry import diag
 from swarmcpp.wire.peers import Blocks, Caller, FetchBlocks, OfferBlocks
 
@@ -42,9 +42,6 @@ MAX_WAITING: Final = 64
 """Offers that wait, of this node and of others. More are forgotten: what they would have saved is computed again, if it
 comes to that."""
 
-_FORCED_TPS = 1e-3
-"""Tokens/s of a machine for which every shipment is faster: whether to ship has been decided here."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
@@ -53,41 +50,6 @@ class _Shared:
     stage: OwnStage
     cache: PrefixCache
     server: BlockServer
-
-
-@dataclass(frozen=True, slots=True)
-class _Only:
-    """A `fetchcontext.HolderIndex`: one peer has all."""
-
-    peer: NodeId
-
-    def holders(self, _root: bytes, ids: Sequence[bytes]) -> Sequence[tuple[bytes, tuple[NodeId, ...]]]:
-        return [(each, (self.peer,)) for each in ids]
-
-    def drop(self, _root: bytes, _ids: Sequence[bytes], _peer: NodeId) -> None:
-        """It has lost some since, which shows again when it is asked."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Lenient:
-    """A `fetchcontext.Trust` in which nobody is late: an offer may have been another one's word."""
-
-    book: Trust
-
-    def score(self, peer: NodeId) -> float:
-        return self.book.score(peer)
-
-    def trusted(self, peer: NodeId, minimum: float) -> bool:
-        return self.book.trusted(peer, minimum)
-
-    def ok(self, peer: NodeId) -> None:
-        self.book.ok(peer)
-
-    def late(self, peer: NodeId) -> None:
-        """It cost nobody anything."""
-
-    def wrong(self, peer: NodeId, why: str) -> None:
-        self.book.wrong(peer, why)
 
 
 class StageCopies:
@@ -222,15 +184,8 @@ class StageCopies:
                 have=have,
                 block_bytes=cache.block_bytes,
                 block_tokens=cache.block_tokens,
-                prefill_tps=_FORCED_TPS,
             )
-            settings = self._context.settings
-            if settings.kv_wire == "auto":
-                # Nobody waits for it, and an answer that goes on from exact KV has the text that it would have had.
-                settings = replace(settings, kv_wire="f16")
-            trust = _Lenient(self._context.trust)
-            context = replace(self._context, holders=_Only(source), settings=settings, trust=trust)
-            result = await fetch_prefix(context, query, store)
+            result = await fetch_copy(self._context, query, source, store)
         diag(
             logger,
             "KV copied",

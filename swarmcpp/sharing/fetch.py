@@ -19,7 +19,7 @@ from typing import Final
 from swarmcpp.peers import NodeId
 from swarmcpp.sharing.fetchcontext import FetchContext, Front, Store
 from swarmcpp.sharing.fetchrun import FetchRun
-from swarmcpp.sharing.shipping import LONGEST_S, Encoding, Shipment, ShipPlan, Source, decide
+from swarmcpp.sharing.shipping import LONGEST_S, Encoding, Shipment, ShipPlan, Source, decide, plan_copy
 from swarmcpp.telemetry import diag
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,28 @@ async def fetch_prefix(
         peers = _best(context, held[back])
     have = query.have + plan.first
     run = FetchRun(context, query.root, have, ids[back], held[back], what, plan, store, computing)
+    return await _drive(query, run, peers, begun)
+
+
+async def fetch_copy(context: FetchContext, query: PrefixQuery, source: NodeId, store: Store) -> FetchResult:
+    """Bring the missing blocks of a chain, which nobody waits for, from `source` into `store`, in order."""
+    begun = context.clock()
+    if not _usable(context, source):
+        return _missed(context, "no-holder", begun)
+    ids = [context.block_id(key) for key in query.keys[query.have :]]
+    held = [{source} for _ in ids]
+    what = _shipment(context, query, len(ids), can_split=False)
+    plan = plan_copy(what, _sources(context, held, [source]), context.settings.kv_wire)
+    if not plan.n_blocks:
+        return _missed(context, plan.reason, begun, ship_s=plan.ship_s)
+    ids, held = ids[: plan.n_blocks], held[: plan.n_blocks]
+    run = FetchRun(context, query.root, query.have, ids, held, what, plan, store, waited_for=False)
+    return await _drive(query, run, [source], begun)
+
+
+async def _drive(query: PrefixQuery, run: FetchRun, peers: Sequence[NodeId], begun: float) -> FetchResult:
+    """Fetch as planned, beginning with `peers`, and tell what came of it."""
+    context, plan = run.context, run.plan
     reason = "cancelled"
     try:
         reason = await run.drive(peers)
@@ -109,20 +131,23 @@ async def fetch_prefix(
 
 def _held(context: FetchContext, root: bytes, ids: Sequence[bytes]) -> list[set[NodeId]]:
     """Peers that are trusted, reachable and hold a block, for the leading run of `ids` that has any."""
-    minimum = context.settings.trust_min
     held: list[set[NodeId]] = []
-    if not ids or minimum > 1:
+    if not ids or context.settings.trust_min > 1:
         return held
     usable: dict[NodeId, bool] = {}
     for (found, peers), block in zip(context.holders.holders(root, ids), ids, strict=False):
         for peer in peers:
             if peer not in usable:
-                usable[peer] = context.trust.trusted(peer, minimum) and context.callers(peer) is not None
+                usable[peer] = _usable(context, peer)
         able = {peer for peer in peers if usable[peer]}
         if found != block or not able:
             break
         held.append(able)
     return held
+
+
+def _usable(context: FetchContext, peer: NodeId) -> bool:
+    return context.trust.trusted(peer, context.settings.trust_min) and context.callers(peer) is not None
 
 
 def _shipment(context: FetchContext, query: PrefixQuery, n_blocks: int, *, can_split: bool) -> Shipment:

@@ -81,6 +81,9 @@ class FetchRun:
     plan: ShipPlan
     store: Store
     front: asyncio.Task[bool] | None = None
+    waited_for: bool = True
+    """Not so: it ends when all is here or its time is over, whatever computing the rest would take, and nobody is late
+    with what cost no one anything."""
     stored: int = field(init=False, default=0)
     received: int = field(init=False, default=0)
     sources: list[NodeId] = field(init=False, default_factory=list)
@@ -165,7 +168,7 @@ class FetchRun:
         for peer in self._peers.values():
             busy_s = peer.busy_s + (now - peer.since if slow and peer.outstanding else 0.0)
             if slow and peer.outstanding and not peer.received:
-                self.context.trust.late(peer.id)
+                self._late(peer.id)
             if peer.received or peer.late or (slow and peer.outstanding):
                 rtt_s = self.context.links.rtt_s(peer.id)
                 self.context.links.add_transfer(peer.id, peer.received, max(busy_s - rtt_s, busy_s / 10))
@@ -293,7 +296,7 @@ class FetchRun:
             diag(logger, "prefix-probe: fetch timed out", peer=peer.id, ms=round(1000 * peer.timeout_s))
             peer.late = True
             peer.busy_s += self.context.clock() - peer.since
-            self.context.trust.late(peer.id)
+            self._late(peer.id)
             self._leave(peer.id)
         except _UnsoundError as error:
             self._lied(peer.id, str(error))
@@ -314,8 +317,12 @@ class FetchRun:
         self.context.holders.drop(self.root, [self.ids[index]], peer.id)
         peer.empty += 1
         if peer.empty == _MAX_EMPTY:
-            self.context.trust.late(peer.id)
+            self._late(peer.id)
             self._leave(peer.id)
+
+    def _late(self, peer: NodeId) -> None:
+        if self.waited_for:
+            self.context.trust.late(peer)
 
     def _lied(self, peer: NodeId, why: str) -> None:
         self.wrong.add(peer)
@@ -403,7 +410,7 @@ class FetchRun:
             unusable_blocks=self._goal - usable,
             missing_blocks=sum(i not in self._arrived for i in range(usable, self._goal)),
         )
-        if usable == self._goal or not overtaken(self.plan, self.what, progress):
+        if usable == self._goal or not self.waited_for or not overtaken(self.plan, self.what, progress):
             return ""
         # What is here in order is stored yet: that takes a moment, and after a front it may be all that came.
         self._goal = usable

@@ -146,14 +146,27 @@ def decide(what: Shipment, sources: Sequence[Source], wire: KvWire) -> ShipPlan:
     when the engine is done must then be computed too. The first blocks are cheaper than the mean, of which the prefill
     rate is, so the engine rather ends early than late.
     """
-    rtt = max((source.rtt_s for source in sources), default=0.0)
-    rate = max(1.0, min(sum(source.bytes_per_s for source in sources), what.own_bytes_per_s))
+    rtt, rate = _link(what, sources)
     plan = _whole(what, rtt, rate, wire)
     if what.can_split and (split := _best_split(what, rtt, rate, wire)):
         sooner = SPLIT_GAIN * min(plan.finish_s(what), what.queue_s + what.compute_s(what.n_blocks))
         if split.finish_s(what) <= sooner:
             return split
     return plan
+
+
+def plan_copy(what: Shipment, sources: Sequence[Source], wire: KvWire) -> ShipPlan:
+    """The plan for blocks that nobody waits for: all that there is time for are shipped, whatever computing them takes.
+
+    Under "auto" exactly: an answer that goes on from exact KV has the text that it would have had.
+    """
+    return _plan(what, *_link(what, sources), "q8_0" if wire == "q8_0" and can_quantise(what.block_bytes) else "f16")
+
+
+def _link(what: Shipment, sources: Sequence[Source]) -> tuple[float, float]:
+    """(round trip in seconds, bytes/s) of all sources together."""
+    rtt = max((source.rtt_s for source in sources), default=0.0)
+    return rtt, max(1.0, min(sum(source.bytes_per_s for source in sources), what.own_bytes_per_s))
 
 
 def _whole(what: Shipment, rtt: float, rate: float, wire: KvWire) -> ShipPlan:

@@ -25,6 +25,7 @@ from swarmcpp.pipeline.contract import StageRef
 from swarmcpp.sharing.copies import MAX_WAITING, StageCopies
 from swarmcpp.sharing.fetchcontext import FetchContext, FetchSettings
 from swarmcpp.sharing.shipping import KvWire
+from swarmcpp.swarm.holders import Holders
 from swarmcpp.swarm.links import LinkBook
 from swarmcpp.testing import FakeClock
 from swarmcpp.wire.peers import Ask, FetchBlocks, OfferBlocks, Pong, Reply, decode, encode
@@ -104,7 +105,7 @@ class Node:
         self.trust = Trusting()
         self.links = LinkBook(self.clock)
         context = FetchContext(
-            holders=None,  # type: ignore[arg-type]
+            holders=Holders(),
             callers=lambda node: self.wire if node == other().name else None,
             links=self.links,
             trust=self.trust,

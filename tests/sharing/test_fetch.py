@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcpp.errors import QueueFull
-from swarmcpp.sharing.fetch import FetchResult, fetch_prefix
+from swarmcpp.sharing.fetch import FetchResult, fetch_copy, fetch_prefix
 from swarmcpp.sharing.fetchcontext import FetchSettings
-from swarmcpp.sharing.shipping import MIN_GAIN, Progress, Shipment, Source, decide, overtaken, wire_bytes
+from swarmcpp.sharing.shipping import MIN_GAIN, KvWire, Progress, Shipment, Source, decide, overtaken, wire_bytes
 from swarmcpp.wire.peers import Blocks, FetchBlocks, Pong, Reply
 
 
@@ -365,3 +365,63 @@ async def test_cancelling_cancels_what_was_asked() -> None:
         await task
     assert asked and peer.cancelled == asked
     assert swarm.trust.told == []
+
+
+# -- copies that nobody waits for ------------------------------------------------------------------------------------
+
+
+async def copy(swarm: Swarm, n: int, settings: FetchSettings | None = None) -> FetchResult:
+    """Blocks from "a", as fast as they can be computed."""
+    fast = query(n, prefill_tps=1e9)
+    async with asyncio.timeout(20):
+        return await fetch_copy(swarm.context(settings), fast, "a", swarm.store)
+
+
+@pytest.mark.parametrize(("wire", "encoding"), [("auto", "f16"), ("f16", "f16"), ("q8_0", "q8_0")])
+async def test_a_copy_comes_whatever_computing_would_cost(wire: KvWire, encoding: str) -> None:
+    swarm = Swarm()
+    swarm.join("a", 20, rate=1e6)
+    result = await copy(swarm, 20, FetchSettings(kv_wire=wire))
+    assert (result.blocks, result.reason, result.encoding) == (20, "", encoding)
+    assert swarm.stored == {i: payload(i) for i in range(20)}
+    assert swarm.trust.told == [("ok", "a")]
+
+
+async def test_a_copy_that_slows_down_goes_on() -> None:
+    swarm = Swarm()
+    peer = swarm.join("a", 20, rate=1e6)
+
+    def slow_down(message: FetchBlocks, reply: Reply, frames: list[memoryview]) -> tuple[Reply, list[memoryview]]:
+        peer.bytes_per_s = 0.2e6
+        return reply, frames
+
+    peer.bend = slow_down
+    assert (await copy(swarm, 20, FetchSettings(fetch_s=60.0, request_s=60.0))).blocks == 20
+
+
+async def test_a_copy_is_taken_of_its_source_alone_and_only_if_that_is_trusted() -> None:
+    swarm = Swarm()
+    swarm.join("a", 5)
+    other = swarm.join("b", 20)
+    assert (await copy(swarm, 20)).blocks == 5
+    assert other.asked == []
+    swarm.trust.scores["a"] = 0.4
+    assert (await copy(swarm, 20)).reason == "no-holder"
+
+
+async def test_who_is_late_with_a_copy_costs_nobody_anything() -> None:
+    swarm = Swarm()
+    peer = swarm.join("a", 0)
+    peer.silent = True
+    assert (await copy(swarm, 300, FetchSettings(request_s=0.3, server_s=0.2))).blocks == 0
+    peer.silent = False
+    assert (await copy(swarm, 300)).blocks == 0
+    assert len(peer.asked) > 3
+    assert swarm.trust.told == []
+
+
+async def test_a_liar_is_known_by_its_copies_too() -> None:
+    swarm = Swarm()
+    swarm.join("a", 20).bend = wrong_bytes
+    assert (await copy(swarm, 20)).blocks == 0
+    assert swarm.trust.told == [("wrong", "a")]
