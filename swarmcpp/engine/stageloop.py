@@ -277,9 +277,11 @@ class StageLoop:
         self, message: Run, sequences: Sequence[StageSequence], hidden: FloatRows
     ) -> tuple[Sampled, Buffer | None]:
         if not self._backend.is_tail:
-            if not np.isfinite(hidden).all():
-                raise DecodeFailed("values that are not finite came out of this stage")
-            return (), self._backend.encode(hidden, message.reply)
+            try:
+                return (), self._backend.encode(hidden, message.reply)
+            except WireError as error:
+                # What came in was sound, so this stage made it so.
+                raise DecodeFailed(f"this stage cannot send on what it computed: {error}") from error
         asked = [sequence for part, sequence in zip(message.parts, sequences, strict=True) if part.outputs]
         # Before anything is drawn: a pass that failed has not moved anybody's random numbers.
         if not all(self._backend.finite(sequence.slot) for sequence in asked):

@@ -193,19 +193,21 @@ class _Stream(asyncio.Protocol):
                 self._transport.abort()
                 return
             self._admitted, at = True, _SECRET_BYTES
-        while len(buffer) - at >= HEADER.size:
-            try:
-                size, beside = sizes(buffer, at)
-            except WireError as error:
-                # Where the next message begins cannot be known any more.
-                self._link.end(error)
-                return
-            start = at + HEADER.size
-            middle, end = start + size, start + size + max(beside, 0)
-            if len(buffer) < end:
-                break
-            self._link._take(bytes(buffer[start:middle]), bytes(buffer[middle:end]) if beside >= 0 else None)
-            at = end
+        # A slice of the buffer itself would be one more copy.
+        with memoryview(buffer) as view:
+            while len(view) - at >= HEADER.size:
+                try:
+                    size, beside = sizes(view, at)
+                except WireError as error:
+                    # Where the next message begins cannot be known any more.
+                    self._link.end(error)
+                    return
+                start = at + HEADER.size
+                middle, end = start + size, start + size + max(beside, 0)
+                if len(view) < end:
+                    break
+                self._link._take(bytes(view[start:middle]), bytes(view[middle:end]) if beside >= 0 else None)
+                at = end
         del buffer[:at]
 
     def connection_lost(self, exc: Exception | None) -> None:

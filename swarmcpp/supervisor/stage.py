@@ -146,7 +146,7 @@ class StageSupervisor(EngineProcess):
         """Compute rows of all parts here, then call `done`; those that come out are encoded as `reply`.
 
         Reaches the engine in the order of the calls, which is that of the ends of all that succeed; any number may be
-        under way. `done` is told StageLost, WireError, DecodeFailed (values that are not finite came out), NotReady
+        under way. `done` is told StageLost, WireError (rows that are not finite came out, too), DecodeFailed, NotReady
         (this node ends) and EngineFailed.
         Raises StageLost, WireError, QueueFull (too much under way), NotReady, EngineFailed.
         """

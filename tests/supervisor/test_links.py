@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,6 +143,22 @@ async def test_a_frame_travels_beside_its_message(node: Node) -> None:
         worker.send(LoadProgress(1.0))
         assert await node.receive_both() == (LoadProgress(0.7), b"")
         assert await node.receive_both() == (LoadProgress(1.0), None)
+
+
+async def test_a_frame_that_came_is_copied_once_more() -> None:
+    link = NodeLink()
+    got: list[tuple[object, bytes | None]] = []
+    link.start(lambda message, frame: got.append((message, frame)))
+    stream, frame, message = nodelink._Stream(link), bytes(8 << 20), encode(Cancel(1))
+    stream._admitted = True
+    data = b"".join((module.HEADER.pack(len(message), len(frame)), message, frame))
+    tracemalloc.start()
+    stream.data_received(data)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    link.close()
+    assert got == [(Cancel(1), frame)] and not stream._buffer
+    assert most < 2.5 * len(frame), "the buffer, and the frame"
 
 
 async def test_a_longer_frame_is_refused_before_it_is_sent(node: Node) -> None:
