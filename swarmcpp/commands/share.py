@@ -17,7 +17,7 @@ from swarmcpp.models.manifest import Manifest, manifest_of
 from swarmcpp.models.slicestore import SliceFiles, SliceStore
 from swarmcpp.models.slicing import check_sliceable
 from swarmcpp.node import layers
-from swarmcpp.node.layerhost import SHARED_CTX, SHARED_SLOTS, Obtain, Range, SharedModel, check_range
+from swarmcpp.node.layerhost import SHARED_CTX, SHARED_SLOTS, Obtain, Range, SharedModel, check_range, check_switches
 from swarmcpp.node.member import Swarm
 from swarmcpp.node.moving import movable, slowest_range
 from swarmcpp.node.placing import machines_of, shape_of
@@ -27,7 +27,11 @@ from swarmcpp.route.placement_words import explain
 
 
 def shared_model(config: Config, swarm: Swarm, manifest: Manifest, file: ModelFile, name: str) -> SharedModel:
-    """A model with the contexts that its stages have everywhere: those of the swarm, or as asked for here."""
+    """A model with the contexts that its stages have everywhere: those of the swarm, or as asked for here.
+
+    Raises BadConfig for what no stage can do.
+    """
+    check_switches(config)
     stage = next((each.offer for each in swarm.pipelines.seen(manifest.fingerprint)), None)
     ctx_size = stage.ctx_size if stage else config.engine.ctx_size or min(file.n_ctx_train, SHARED_CTX)
     slots = stage.slots if stage else config.engine.slots or SHARED_SLOTS

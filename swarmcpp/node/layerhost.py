@@ -14,7 +14,7 @@ from typing import Final
 from swarmcpp.config import Config
 from swarmcpp.core import GenerateRequest, KvLayout, Limits, SamplingParams
 from swarmcpp.engine.scheduler import TILE_ROWS
-from swarmcpp.errors import NotEnoughMemory
+from swarmcpp.errors import BadConfig, NotEnoughMemory
 from swarmcpp.hardware import Hardware, read_hardware
 from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.kv.keys import KvIdentity
@@ -63,6 +63,16 @@ class SharedModel:
     """Inspected: the model's own file, or its header only."""
     ctx_size: int
     slots: int
+
+
+def check_switches(config: Config) -> None:
+    """Raises BadConfig for a switch that says what heads and stages, which others use too, cannot do."""
+    for name in ("continuous_batching", "batched_prefill_forward"):
+        if not getattr(config.inference, name):
+            raise BadConfig(
+                f"inference.{name} = false: nodes that run layers compute what comes together side by side; leave it "
+                "at true, or serve a model that fits into this machine"
+            )
 
 
 def check_range(model: SharedModel, wanted: Range, memory: int) -> None:
@@ -163,8 +173,6 @@ class LayerHost:
             q8_kernel=kernels.q8_kernel,
             prefill_chunk_tokens=inference.prefill_chunk_tokens,
             prefill_budget_s=inference.prefill_budget_ms / 1000,
-            continuous_batching=inference.continuous_batching,
-            batched_prefill_forward=inference.batched_prefill_forward,
             prefix_block_tokens=inference.prefix_cache_block_tokens if inference.prefix_cache_enabled else 0,
             diag=logger.isEnabledFor(logging.DEBUG),
             stage=True,

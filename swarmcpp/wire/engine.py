@@ -18,7 +18,7 @@ MAX_TENSOR: Final = 64 << 20
 """Bytes of a raw frame beside a message: 512 rows of 32768 values, more than any model's, in F32."""
 
 
-class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
+class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How an engine shall run: sizes in tokens, the budget in seconds, 0 never means 'choose' here."""
 
     model_path: str
@@ -30,8 +30,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     """See `llama.probe.Candidate`."""
     prefill_chunk_tokens: int
     prefill_budget_s: float
-    continuous_batching: bool
-    batched_prefill_forward: bool
+    continuous_batching: bool = True
+    batched_prefill_forward: bool = True
     prefix_block_tokens: int = 64
     """Tokens of a block; 0 turns every reuse of prefixes off."""
     diag: bool = False

@@ -45,6 +45,13 @@ def test_layers_that_are_none(model: Path, data_dir: Path, layers: str, words: s
     assert words in line, line
 
 
+@pytest.mark.parametrize("switch", ["continuous_batching", "batched_prefill_forward"])
+def test_a_switch_that_layers_cannot_obey(model: Path, data_dir: Path, switch: str) -> None:
+    off = {f"SWARMCPP_INFERENCE_{switch.upper()}": "false"}
+    line = refused(Seat("Ann", data_dir), "serve", str(model), "--layers", "0-3", *SMALL, env=off)
+    assert f"inference.{switch} = false" in line and "leave it at true" in line, line
+
+
 def test_a_slice_is_no_model(model: Path, new_data_dir: DataDirMaker, tmp_path: Path) -> None:
     part = write_slice(model, 0, 3, tmp_path / "part.gguf", fingerprint=bytes(32))
     other = write_model(tmp_path / "other.gguf", SHAPE, quant="Q8_0", seed=1)

@@ -52,8 +52,6 @@ def options(file: Path, slots: int = 2) -> EngineOptions:
         q8_kernel=False,
         prefill_chunk_tokens=128,
         prefill_budget_s=0.4,
-        continuous_batching=True,
-        batched_prefill_forward=True,
         stage=True,
     )
 

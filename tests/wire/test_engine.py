@@ -239,6 +239,23 @@ def test_unknown_fields_of_a_newer_peer_are_ignored(message: Message) -> None:
     assert decode(bytes((VERSION,)) + msgspec.msgpack.encode(newer)) == message
 
 
+def test_a_stage_is_not_told_what_only_a_whole_model_can_do() -> None:
+    how = engine.EngineOptions(
+        model_path="m.gguf",
+        ctx_size=1,
+        slots=1,
+        threads=1,
+        use_extra_bufts=False,
+        q8_kernel=False,
+        prefill_chunk_tokens=64,
+        prefill_budget_s=1.0,
+        stage=True,
+    )
+    frame = encode(engine.Load(how))
+    assert b"stage" in frame and b"batch" not in frame
+    assert decode(frame) == engine.Load(how)
+
+
 def test_missing_fields_of_an_older_peer_have_their_defaults() -> None:
     step = engine.StepOut((TokenOut(1, part_of((2,))),), EngineStats(1, 0, 0))
     fields = msgspec.msgpack.decode(encode(step)[1:])
