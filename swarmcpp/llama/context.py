@@ -65,27 +65,30 @@ class Context:
     """
 
     def __init__(self, model: Model, options: ContextOptions) -> None:
-        params = c.llama_context_default_params()
-        params.n_ctx = options.n_ctx * options.n_seqs
-        params.n_seq_max = options.n_seqs
-        params.n_batch = params.n_ubatch = N_UBATCH
-        # One row of logits per sequence: without this bound the output buffer is n_batch x n_vocab floats.
-        params.n_outputs_max = N_UBATCH if options.all_outputs else options.n_seqs
-        params.n_threads = params.n_threads_batch = options.n_threads
-        params.kv_unified = False
-        # Not AUTO: the choice would depend on the device, and the KV layout with it.
-        params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.offload_kqv = False
-        params.op_offload = False
-        # A window that forgets cannot be rolled back or continued from an earlier token.
-        params.swa_full = True
-        params.no_perf = True
-        if options.abort_callback:
-            params.abort_callback = c.ggml_abort_callback(options.abort_callback)
-            params.abort_callback_data = ctypes.c_void_p(options.abort_data)
         self.tap = GraphTap(options.hidden, {name: lib.tensor_function(name) for name in _TAP_FUNCTIONS})
-        params.cb_eval = c.ggml_backend_sched_eval_callback(GraphTap.callback_address)
-        params.cb_eval_user_data = ctypes.c_void_p(self.tap.address)
+        params = lib.fill(
+            c.llama_context_default_params(),
+            n_ctx=options.n_ctx * options.n_seqs,
+            n_seq_max=options.n_seqs,
+            n_batch=N_UBATCH,
+            n_ubatch=N_UBATCH,
+            # One row of logits per sequence: without this bound the output buffer is n_batch x n_vocab floats.
+            n_outputs_max=N_UBATCH if options.all_outputs else options.n_seqs,
+            n_threads=options.n_threads,
+            n_threads_batch=options.n_threads,
+            kv_unified=False,
+            # Not AUTO: the choice would depend on the device, and the KV layout with it.
+            flash_attn_type=c.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+            offload_kqv=False,
+            op_offload=False,
+            # A window that forgets cannot be rolled back or continued from an earlier token.
+            swa_full=True,
+            no_perf=True,
+            abort_callback=c.ggml_abort_callback(options.abort_callback),
+            abort_callback_data=ctypes.c_void_p(options.abort_data),
+            cb_eval=c.ggml_backend_sched_eval_callback(GraphTap.callback_address),
+            cb_eval_user_data=ctypes.c_void_p(self.tap.address),
+        )
         lib.recent_errors()
         pointer = c.llama_init_from_model(model.pointer, params)
         if not pointer:
@@ -192,14 +195,15 @@ class Batch:
         self._outputs = np.zeros(capacity, np.int8)
         seq_base = self._seqs.ctypes.data
         self._seq_pointers = np.arange(seq_base, seq_base + 4 * capacity, 4, dtype=np.uint64)
-        self._struct = c.llama_batch()
-        self._struct.token = self._tokens.ctypes.data_as(ctypes.POINTER(c.llama_token))
-        self._struct.pos = self._positions.ctypes.data_as(ctypes.POINTER(c.llama_pos))
-        self._struct.n_seq_id = self._n_seqs.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        self._struct.seq_id = ctypes.cast(
-            self._seq_pointers.ctypes.data, ctypes.POINTER(ctypes.POINTER(c.llama_seq_id))
+        self._struct = lib.fill(
+            c.llama_batch(),
+            n_tokens=0,
+            token=self._tokens.ctypes.data_as(ctypes.POINTER(c.llama_token)),
+            pos=self._positions.ctypes.data_as(ctypes.POINTER(c.llama_pos)),
+            n_seq_id=self._n_seqs.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=ctypes.cast(self._seq_pointers.ctypes.data, ctypes.POINTER(ctypes.POINTER(c.llama_seq_id))),
+            logits=self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
-        self._struct.logits = self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
 
     @property
     def struct(self) -> Any:

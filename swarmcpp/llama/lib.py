@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import re
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import llama_cpp.llama_cpp as c
 from llama_cpp._ctypes_extensions import load_shared_library
@@ -24,6 +25,9 @@ from swarmcpp.models.gguf_header import read_header
 from swarmcpp.models.inspect import inspect
 
 logger = logging.getLogger(__name__)
+
+PINNED: Final = "0.3.36"
+"""The llama-cpp-python of pyproject.toml, whose structs, states and functions are known here."""
 
 _GGML_LOG_WARN = 3
 _GGML_LOG_ERROR = 4
@@ -48,6 +52,8 @@ def start() -> None:
     """Initialise llama.cpp's backends once per process, with its log going to `logging`."""
     global _started
     if not _started:
+        if (found := version()) != PINNED:
+            logger.warning("llama-cpp-python is %s, and swarmcpp was tried with %s only", found or "unknown", PINNED)
         c.llama_log_set(_log_callback, ctypes.c_void_p(0))
         c.llama_backend_init()
         _started = True
@@ -87,6 +93,17 @@ def ggml_library(name: str) -> Any:
     return load_shared_library(name, libggml_base_path)
 
 
+def fill(struct: Any, **values: Any) -> Any:
+    """Set fields of a struct, and return it. Raises SwarmError for one that it does not have: ctypes would make it an
+    attribute that only Python sees."""
+    known = {name for name, *_ in struct._fields_}
+    for name, value in values.items():
+        if name not in known:
+            raise SwarmError(f"{type(struct).__name__} has no {name} here; install llama-cpp-python {PINNED}")
+        setattr(struct, name, value)
+    return struct
+
+
 def tensor_function(name: str) -> int:
     """Where a function of ggml is that only looks at what it is given. Raises SwarmError when there is none.
 
@@ -119,10 +136,10 @@ def recent_errors() -> str:
 
 
 def version() -> str:
-    """Version of the llama-cpp-python package whose llama.cpp is loaded."""
-    from importlib.metadata import version as package_version
-
-    return package_version("llama-cpp-python")
+    """Version of the llama-cpp-python package whose llama.cpp is loaded; empty when it does not say."""
+    # Not of importlib.metadata, which is 1.4 MB of each engine.
+    found = re.search(r'^__version__ = "(.+)"', Path(c.__file__).with_name("__init__.py").read_text("utf-8"), re.M)
+    return found[1] if found else ""
 
 
 def system_info() -> str:
@@ -140,10 +157,6 @@ def load_model(path: Path, *, use_extra_bufts: bool, vocab_only: bool, progress:
     Raises BadModel with llama.cpp's own words when it cannot load the file.
     """
     start()
-    params = c.llama_model_default_params()
-    params.n_gpu_layers = 0
-    params.use_extra_bufts = use_extra_bufts
-    params.vocab_only = vocab_only
     forgotten = 0.0
 
     def on_progress(fraction: float, _user_data: Any) -> bool:
@@ -157,7 +170,13 @@ def load_model(path: Path, *, use_extra_bufts: bool, vocab_only: bool, progress:
         return True
 
     keep = c.llama_progress_callback(on_progress)
-    params.progress_callback = keep
+    params = fill(
+        c.llama_model_default_params(),
+        n_gpu_layers=0,
+        use_extra_bufts=use_extra_bufts,
+        vocab_only=vocab_only,
+        progress_callback=keep,
+    )
     recent_errors()
     pointer = c.llama_model_load_from_file(str(path).encode(), params)
     del keep

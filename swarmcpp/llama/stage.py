@@ -15,6 +15,7 @@ from swarmcpp.errors import BadModel, BadRequest, DecodeFailed
 from swarmcpp.llama.backend import LlamaBackend
 from swarmcpp.llama.context import N_UBATCH, Batch, Context, ContextOptions, Model
 from swarmcpp.llama.convert import float_converter
+from swarmcpp.llama.lib import fill
 from swarmcpp.llama.rows import FloatRows, decode_rows, encode_rows
 from swarmcpp.models.gguf_header import read_header
 from swarmcpp.models.inspect import inspect
@@ -175,8 +176,7 @@ class EmbeddingBatch(Batch):
     def __init__(self, capacity: int, n_embd: int) -> None:
         super().__init__(capacity)
         self._rows = np.zeros((capacity, n_embd), np.float32)
-        self._struct.token = None
-        self._struct.embd = self._rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        fill(self._struct, token=None, embd=self._rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float)))
 
     def add_rows(self, seq: int, start: int, rows: FloatRows, *, outputs: int) -> int:
         """Append `rows` (n, n_embd) of a sequence from position `start`, the last `outputs` of them outputs.
