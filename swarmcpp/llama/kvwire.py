@@ -18,9 +18,9 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from swarmcpp._native import all_finite_f16
-from swarmcpp.errors import SnapshotError
-from swarmcpp.llama.convert import Conversion, float_converter
-from swarmcpp.llama.lib import ggml_library, start
+from swarmcpp.errors import SnapshotError, SwarmError
+from swarmcpp.llama.convert import Conversion, Convert, float_converter
+from swarmcpp.llama.lib import PINNED, ggml_library, start
 
 QK8_0 = 32
 """Values that share a scale."""
@@ -54,7 +54,20 @@ class _Ggml:
         traits = cpu.ggml_get_type_traits_cpu
         traits.argtypes, traits.restype = [ctypes.c_int], ctypes.POINTER(ctypes.c_void_p)
         # The first member of ggml_type_traits_cpu: from_float.
-        self.f32_to_q8_0 = Conversion(traits(GGMLQuantizationType.Q8_0)[0])
+        self.f32_to_q8_0 = to_q8_0_at(traits(GGMLQuantizationType.Q8_0)[0])
+
+
+def to_q8_0_at(address: int | None) -> Convert:
+    """What makes Q8_0 of floats, from a table that nothing else tells the layout of: tried on 32 values that need no
+    rounding, at a scale of 1. Raises SwarmError when something else comes out."""
+    convert, known = Conversion(address or 0), np.arange(-127, 128, 8).astype(np.int8)
+    # With room for what any other conversion writes.
+    values, found = known.astype(np.float32), np.zeros(4 * QK8_0, np.uint8)
+    if address:
+        convert(values.ctypes.data, found.ctypes.data, QK8_0)
+    if found[:Q8_0_BYTES].tobytes() != np.float16(1).tobytes() + known.tobytes():
+        raise SwarmError(f"ggml_type_traits_cpu of Q8_0 is laid out otherwise; install llama-cpp-python {PINNED}")
+    return convert
 
 
 _ggml = cache(_Ggml)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarmcpp.errors import SnapshotError
+from swarmcpp.errors import SnapshotError, SwarmError
+from swarmcpp.llama import kvwire
+from swarmcpp.llama.convert import Conversion
 from swarmcpp.llama.kvwire import dequantise, quantise
+from swarmcpp.llama.lib import ggml_library
 
 Halves = npt.NDArray[np.float16]
 
@@ -73,6 +77,17 @@ def test_one_value_throughout(value: float) -> None:
     back = there_and_back(values)
     assert np.allclose(back, values, rtol=2e-3, atol=4e-6)
     assert np.isfinite(back).all()
+
+
+def test_what_makes_q8_0_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    kvwire._Ggml()
+    other = ctypes.cast(ggml_library("ggml-cpu").ggml_cpu_fp32_to_fp16, ctypes.c_void_p).value
+    for wrong in (other, None):
+        with pytest.raises(SwarmError, match=r"Q8_0 is laid out otherwise; install llama-cpp-python 0\.3"):
+            kvwire.to_q8_0_at(wrong)
+    monkeypatch.setattr(kvwire, "Conversion", lambda _address: Conversion(other))
+    with pytest.raises(SwarmError, match="laid out otherwise"):
+        kvwire._Ggml()
 
 
 def test_nothing_is_nothing() -> None:
