@@ -231,28 +231,6 @@ class ChatMessage:
     name: str | None = None
 
 
-class TextCodec(Protocol):
-    """Text to tokens and back, for one model. Thread-safe; nothing is mutated."""
-
-    n_vocab: int
-
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Tokens of `text`; `add_special` adds BOS/EOS as the model wants them, `parse_special` reads
-        control tokens such as <|im_end|> from the text."""
-        ...
-
-    def piece(self, token: int) -> bytes:
-        """The bytes that `token` adds to the visible text; empty for a control token."""
-        ...
-
-    def render_chat(self, messages: Sequence[ChatMessage], extra: dict[str, Any] | None = None) -> str:
-        """The conversation as the model's own template writes it, ready for the assistant's answer.
-
-        Raises BadRequest when the template refuses the conversation (roles out of order, say).
-        """
-        ...
-
-
 class Service(Protocol):
     """What the API needs of a node. Called on the event loop's thread; no method blocks it."""
 

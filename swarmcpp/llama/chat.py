@@ -57,7 +57,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 class ChatCodec:
-    """A model's vocabulary together with its chat template. Thread-safe. Satisfies `core.TextCodec`."""
+    """A model's vocabulary together with its chat template. Thread-safe."""
 
     def __init__(self, vocab: Vocab, template: str | None) -> None:
         self._vocab = vocab

@@ -13,10 +13,7 @@ from swarmcpp.llama import lib
 
 
 class Vocab:
-    """The vocabulary of a model. Read-only and thread-safe; valid as long as the model it came from.
-
-    Satisfies the token half of `core.TextCodec`.
-    """
+    """The vocabulary of a model. Read-only and thread-safe; valid as long as the model it came from."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -151,29 +151,7 @@ def stage_memory(
 
     Raises BadModel when the file changed since it was inspected.
     """
-    return _stage_memory(model, _weights(model), (first, last), ctx_size, slots, n_batch)
-
-
-def largest_range(
-    model: ModelFile, memory: int, ctx_size: int, slots: int, first: int = 0, n_batch: int = DEFAULT_BATCH
-) -> int:
-    """The largest `last` for which the stage [first, last) fits into `memory`; `first` when not one layer does.
-
-    Raises BadModel when the file changed since it was inspected.
-    """
     weights = _weights(model)
-    last = first
-    while last < model.n_layers:
-        if _stage_memory(model, weights, (first, last + 1), ctx_size, slots, n_batch).total > memory:
-            break
-        last += 1
-    return last
-
-
-def _stage_memory(
-    model: ModelFile, weights: _Weights, layers: tuple[int, int], ctx_size: int, slots: int, n_batch: int
-) -> MemoryEstimate:
-    first, last = layers
     padded = -(-ctx_size // CTX_PADDING) * CTX_PADDING
     n_vocab = model.n_vocab if last == model.n_layers else 0
     kv_width = sum(model.n_head_kv[first:last]) * (model.head_dim_k + model.head_dim_v)

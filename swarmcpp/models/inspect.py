@@ -71,11 +71,6 @@ class ModelFile:
     chat_template: str | None
     has_tokenizer: bool
 
-    @property
-    def is_split(self) -> bool:
-        """The model is in several files, of which `path` is the first."""
-        return len(self.files) > 1
-
 
 def inspect(path: Path) -> ModelFile:
     """The model at `path`. Raises BadModel for a file that is damaged or that swarmcpp cannot serve."""

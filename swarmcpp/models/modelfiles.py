@@ -144,7 +144,7 @@ def chunks_of(manifest: Manifest, ranges: Iterable[ByteRange]) -> set[int]:
     return found
 
 
-_RECORD, _MANIFEST = "chunks", "manifest"
+_RECORD = "chunks"
 _HERE = b"\1"
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -152,7 +152,7 @@ _THREADS = min(8, os.cpu_count() or 1)
 @dataclass(frozen=True, slots=True)
 class SparseModel:
     """Some chunks of a model, in a directory of its own: files of the model's sizes that are holes but for those
-    chunks, the manifest, and a record of which chunks are there.
+    chunks, and a record of which chunks are there.
 
     Nothing is remembered in memory, so one that is written serves another that is read. Blocking.
     """
@@ -166,23 +166,12 @@ class SparseModel:
         return stored_paths(self.manifest, self.directory, "")
 
     def prepare(self) -> None:
-        """Make files, manifest and record. Raises OSError."""
+        """Make files and record. Raises OSError."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for path, file in zip(self.files, self.manifest.files, strict=True):
             _extend(path, file.size)
         # What is there counts only with the right digest, so a longer or older record does no harm.
         _extend(self.directory / _RECORD, self.manifest.n_chunks)
-        scratch = self.directory / f"{_MANIFEST}.{os.getpid()}"
-        scratch.write_bytes(self.manifest.to_bytes())
-        scratch.replace(self.directory / _MANIFEST)
-
-    @classmethod
-    def stored(cls, directory: Path) -> SparseModel | None:
-        """What an earlier `prepare` made in `directory`, or None."""
-        try:
-            return cls(Manifest.from_bytes((directory / _MANIFEST).read_bytes()), directory)
-        except (OSError, BadModel):
-            return None
 
     def missing(self, wanted: Collection[int]) -> set[int]:
         """Those of `wanted` that are not there. Hashes the others: a crash may have lost what was recorded."""

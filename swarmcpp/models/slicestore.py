@@ -59,11 +59,6 @@ class SliceStore:
         """Where the chunks of a model are, or would be."""
         return SparseModel(manifest, self._parts_of(manifest.fingerprint))
 
-    def stored_parts(self, fingerprint: bytes) -> SparseModel | None:
-        """What was fetched of a model, or None: after a restart no peer has to say what its files are."""
-        found = SparseModel.stored(self._parts_of(fingerprint))
-        return found if found is not None and found.manifest.fingerprint == fingerprint else None
-
     def is_sound(self, manifest: Manifest, first: int, last: int) -> bool:
         """The slice is there, and is what it is called."""
         try:

@@ -74,7 +74,6 @@ QWEN25_05B = Shape("Qwen2.5-0.5B-shape", "qwen2", 24, 896, 14, 2, 4864, 32768, 1
 QWEN25_7B = Shape("Qwen2.5-7B-shape", "qwen2", 28, 3584, 28, 4, 18944, 32768, 152064, False, 1e6)
 QWEN25_14B = Shape("Qwen2.5-14B-shape", "qwen2", 48, 5120, 40, 8, 13824, 32768, 152064, False, 1e6)
 TINYLLAMA_11B = Shape("TinyLlama-1.1B-shape", "llama", 22, 2048, 32, 4, 5632, 2048, 32000, False, 1e4, 1e-5)
-LLAMA2_7B = Shape("Llama-2-7B-shape", "llama", 32, 4096, 32, 32, 11008, 4096, 32000, False, 1e4, 1e-5)
 TINY = Shape("tiny", "llama", 2, 64, 4, 2, 128, 512, 512)
 
 

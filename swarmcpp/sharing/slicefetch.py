@@ -19,30 +19,9 @@ from swarmcpp.models.partial import locked
 from swarmcpp.models.ranges import range_session, read_range
 from swarmcpp.models.slicestore import SliceFiles, SliceStore, header_bytes
 from swarmcpp.models.slicing import embedding_range, slice_ranges, write_slice
-from swarmcpp.sharing.modelfetch import fetch_parts, get_manifest
+from swarmcpp.sharing.modelfetch import fetch_parts
 from swarmcpp.sharing.transfer import Fallback
 from swarmcpp.wire.peers import Caller
-
-
-async def find_manifest(
-    fingerprint: bytes, callers: Sequence[Caller], store: SliceStore, timeout_s: float, url: str | None = None
-) -> Manifest:
-    """What a model's files are: as known from parts of it that are here, else as the first of its holders says.
-
-    Raises DownloadFailed when neither tells, which a `url` of the model does not help.
-    """
-    stored = await asyncio.to_thread(store.stored_parts, fingerprint)
-    if stored is not None:
-        return stored.manifest
-    try:
-        return await get_manifest(callers, fingerprint, timeout_s)
-    except DownloadFailed as error:
-        if url is None:
-            raise
-        raise DownloadFailed(
-            f"{url}: parts of it cannot be checked while no peer tells the digests of its chunks, since a SHA-256 is "
-            f"one of the whole file: download all of it with `swarmcpp pull`, or start a node that has it ({error})"
-        ) from None
 
 
 async def obtain_slice(

@@ -116,10 +116,6 @@ class TrustBook:
         logger.log(logging.DEBUG if entry.why else logging.WARNING, "peer %s is not trusted any more: %s", peer, why)
         entry.score, entry.why = 0.0, why[:MAX_WHY] or "unknown"
 
-    def forgive(self, peer: NodeId) -> None:
-        """Forget all that is known of a peer."""
-        self._entries.pop(peer, None)
-
     def _entry(self, peer: NodeId) -> _Entry:
         entry = self._entries.get(peer)
         if entry:

@@ -25,7 +25,6 @@ from swarmcpp.models.capacity import (
     gigabytes,
     head_bytes,
     kv_bytes_per_token,
-    largest_range,
     layer_bytes,
     stage_memory,
 )
@@ -123,17 +122,6 @@ def test_a_header_is_enough(stages: Path) -> None:
         file.truncate(read_header(stages).data_offset)
         file.truncate(model.size_bytes)
     assert (stage_memory(inspect(stages), 1, 5, 512, 2), layer_bytes(inspect(stages))) == expected
-
-
-@pytest.mark.parametrize("first", range(5))
-def test_the_largest_range_that_fits(stages: Path, first: int) -> None:
-    model = inspect(stages)
-    for last in range(first + 1, 6):
-        need = stage_memory(model, first, last, 2048, 4).total
-        assert largest_range(model, need, 2048, 4, first) == last
-        assert largest_range(model, need - 1, 2048, 4, first) == last - 1
-    assert largest_range(model, 1 << 40, 2048, 4, first) == 5
-    assert largest_range(model, 0, 2048, 4, first) == first
 
 
 def reserved_by_llama_cpp(path: Path, ctx: int, slots: int, batch: int, outputs: int = 0) -> dict[str, float]:

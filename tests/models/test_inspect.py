@@ -54,7 +54,7 @@ def test_reads_a_model(tmp_path: Path) -> None:
     assert (model.path, model.files, model.name, model.architecture) == (path, (path,), "tiny", "llama")
     assert (model.n_layers, model.n_ctx_train, model.n_embd, model.n_head) == (2, 512, 64, 4)
     assert (model.n_head_kv, model.head_dim_k, model.head_dim_v, model.n_ff) == ((2, 2), 16, 16, 128)
-    assert (model.n_vocab, model.ftype, model.has_tokenizer, model.is_split) == (512, "Q8_0", True, False)
+    assert (model.n_vocab, model.ftype, model.has_tokenizer) == (512, "Q8_0", True)
     assert model.chat_template is not None
     assert "<|im_start|>" in model.chat_template
     assert model.size_bytes == path.stat().st_size
@@ -148,7 +148,6 @@ def test_split_model(tmp_path: Path) -> None:
     paths = split(tmp_path)
     model = inspect(paths[0])
     assert model.files == tuple(paths)
-    assert model.is_split
     assert (model.n_params, model.n_vocab) == (3 * 640, 10)
     assert model.size_bytes == sum(path.stat().st_size for path in paths)
 

@@ -32,7 +32,7 @@ from swarmcpp.models.slicing import embedding_range, slice_ranges, write_slice
 from swarmcpp.models.synthetic import Shape, write_model
 from swarmcpp.sharing.modelfetch import fetch_parts
 from swarmcpp.sharing.modelserver import ModelServer
-from swarmcpp.sharing.slicefetch import find_manifest, obtain_slice
+from swarmcpp.sharing.slicefetch import obtain_slice
 from swarmcpp.sharing.transfer import PATIENCE_S
 from swarmcpp.wire.peers import Caller, GetChunk
 
@@ -367,18 +367,6 @@ async def test_a_url_that_cannot_be_used(
     assert "\n" not in str(caught.value)
     assert len(host.asked) <= 4
     assert node.rejected == []
-
-
-async def test_no_part_can_be_checked_without_a_manifest(node: Node) -> None:
-    fingerprint = node.manifest.fingerprint
-    with pytest.raises(DownloadFailed, match=r"http://x/.*: parts of it cannot be checked"):
-        await find_manifest(fingerprint, [], node.store, 1.0, "http://x/m.gguf")
-    with pytest.raises(DownloadFailed, match="nobody has it"):
-        await find_manifest(fingerprint, [], node.store, 1.0)
-    assert await find_manifest(fingerprint, [node.whole_peer()], node.store, 1.0) == node.manifest
-    # Once parts are here, nobody is needed.
-    await node.obtain(0, 1, node.whole_peer())
-    assert await find_manifest(fingerprint, [], node.store, 1.0) == node.manifest
 
 
 # -- interrupted ---------------------------------------------------------------------------------------------------

@@ -97,14 +97,6 @@ def test_time_heals_late_answers_in_hours_and_wrong_ones_in_a_week(book: TrustBo
     assert book.score(B) > START
 
 
-def test_forgiving_forgets(book: TrustBook) -> None:
-    book.wrong(A, "NaN")
-    book.forgive(A)
-    book.forgive(B)
-    assert book.score(A) == START
-    assert book.snapshot() == ()
-
-
 def test_nobody_reaches_a_minimum_above_one(book: TrustBook) -> None:
     for _ in range(10_000):
         book.ok(A)
