@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from swarmcpp.core import KvLayout
 from swarmcpp.errors import SnapshotError, SwarmError
-from swarmcpp.hardware import settle, share_heaps
+from swarmcpp.footprint import settle, share_heaps
 from swarmcpp.supervisor.workerlink import WorkerLink
 from swarmcpp.wire.engine import EngineLink, EngineOptions, Fault, Load, LoadProgress, Ready, Stop, UseArena
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import platform
-import subprocess
-import sys
-import weakref
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -26,7 +21,6 @@ from swarmcpp.hardware import (
     parse_memory_stat,
     read_cgroup,
     read_hardware,
-    settle,
     usable_cores,
 )
 
@@ -208,61 +202,3 @@ def test_this_machine() -> None:
 
 def test_disk_free_of_a_directory_that_is_not_there_yet(tmp_path: Path) -> None:
     assert disk_free(tmp_path / "not/yet/there") == pytest.approx(disk_free(tmp_path), rel=0.1)
-
-
-def test_what_exists_at_the_end_of_a_start_is_never_collected_again() -> None:
-    class Node:
-        other: Node | None = None
-
-    old = Node()
-    old.other = old
-    before = weakref.ref(old)
-    try:
-        settle()
-        assert gc.get_freeze_count() > 1000
-        del old
-        assert before() is not None
-        young = Node()
-        young.other = young
-        after = weakref.ref(young)
-        del young
-        gc.collect()
-        assert before() is not None, "it was there at the start"
-        assert after() is None, "it was not"
-    finally:
-        gc.unfreeze()
-        gc.collect()
-    assert before() is None
-
-
-HEAPS = """
-import ctypes, sys, threading
-from swarmcpp.hardware import share_heaps
-
-if sys.argv[1] == "shared":
-    share_heaps()
-libc = ctypes.CDLL(None)
-barrier = threading.Barrier(8)
-
-def take():
-    libc.malloc(1000)
-    barrier.wait()
-
-threads = [threading.Thread(target=take) for _ in range(8)]
-for thread in threads:
-    thread.start()
-for thread in threads:
-    thread.join()
-libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
-libc.fflush(None)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heaps")
-def test_threads_share_heaps() -> None:
-    def heaps(how: str) -> int:
-        child = subprocess.run([sys.executable, "-c", HEAPS, how], capture_output=True, check=True, text=True)
-        return child.stdout.count("<heap nr=")
-
-    assert heaps("own") > 2
-    assert heaps("shared") <= 2

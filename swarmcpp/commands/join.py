@@ -17,7 +17,7 @@ from swarmcpp.commands.pull import download_async, progress_text, user_catalogue
 from swarmcpp.commands.swarm import in_swarm
 from swarmcpp.config import Config, LoadedConfig
 from swarmcpp.errors import BadConfig, BadModel, DownloadFailed, SwarmUnreachable
-from swarmcpp.hardware import share_heaps
+from swarmcpp.footprint import share_heaps
 from swarmcpp.models.download import PullProgress
 from swarmcpp.models.inspect import inspect
 from swarmcpp.models.manifest import Manifest, manifest_of

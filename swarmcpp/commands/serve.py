@@ -18,7 +18,7 @@ from swarmcpp.commands.swarm import in_swarm
 from swarmcpp.commands.terminal import LoadingView, ask_text, join_text
 from swarmcpp.config import Config, LoadedConfig, is_loopback
 from swarmcpp.errors import BadConfig
-from swarmcpp.hardware import settle, share_heaps
+from swarmcpp.footprint import settle, share_heaps
 from swarmcpp.models import embedded
 from swarmcpp.models.download import resolve_model
 from swarmcpp.models.inspect import inspect

@@ -11,7 +11,8 @@ from swarmcpp.commands import terminal
 from swarmcpp.commands.terminal import LoadingView, ask_text, join_text
 from swarmcpp.config import Config
 from swarmcpp.errors import NotEnoughMemory
-from swarmcpp.hardware import read_hardware, settle
+from swarmcpp.footprint import settle
+from swarmcpp.hardware import read_hardware
 from swarmcpp.models.inspect import ModelFile, inspect
 from swarmcpp.models.manifest import Manifest, manifest_of
 from swarmcpp.models.slicestore import SliceFiles, SliceStore
