@@ -11,8 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from swarmcpp.core import Clock, Sampled, SamplerLike
 from swarmcpp.engine.backend import FloatRows, StageBackend
 from swarmcpp.errors import DecodeFailed, QueueFull, StageLost, SwarmError, WireError
