@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -135,6 +137,18 @@ def test_a_circle_within_a_room_is_caught(house: House) -> None:
     (house.root / "swarmcpp" / "kv" / "two.py").write_text("import swarmcpp.kv.one\n")
     code, said = house.lint()
     assert code == 1 and "swarmcpp.kv" in said, said
+
+
+def test_the_walks_of_the_docs_lead_through_functions_that_are_there() -> None:
+    steps = re.findall(r"`([\w/]+\.py):(\w+)`", (ROOT / "docs" / "architecture.md").read_text())
+    assert len(steps) > 60
+    defined = {
+        file: {
+            node.name for node in ast.walk(ast.parse((ROOT / "swarmcpp" / file).read_text())) if hasattr(node, "name")
+        }
+        for file, _ in steps
+    }
+    assert not [f"{file}:{name}" for file, name in steps if name not in defined[file]]
 
 
 @pytest.mark.parametrize("line", ["from swarmcpp import _native", "from swarmcpp._native import abort_generation"])
