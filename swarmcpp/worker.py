@@ -25,6 +25,8 @@ from swarmcpp.wire.engine import EngineLink, EngineOptions, Fault, Load, LoadPro
 if TYPE_CHECKING:
     from swarmcpp.engine.abortflag import AbortFlag
     from swarmcpp.engine.loop import Engine
+    from swarmcpp.engine.scheduler import Scheduler
+    from swarmcpp.engine.stageloop import StageLoop
     from swarmcpp.llama.backend import LlamaBackend
     from swarmcpp.llama.context import Context, ContextOptions, Model
     from swarmcpp.llama.stage import LlamaStage
@@ -77,11 +79,8 @@ def _run_engine(options: EngineOptions, link: WorkerLink, abort_file: Path) -> N
     import psutil
 
     from swarmcpp.engine.abortflag import AbortFlag
-    from swarmcpp.engine.stageloop import StageLoop
-    from swarmcpp.kv.arena import ArenaFile, ArenaGeometry
     from swarmcpp.llama import lib
     from swarmcpp.llama.context import Model
-    from swarmcpp.llama.stage import LlamaStage
 
     if options.diag:
         logging.getLogger("swarmcpp").setLevel(logging.DEBUG)
@@ -92,17 +91,7 @@ def _run_engine(options: EngineOptions, link: WorkerLink, abort_file: Path) -> N
     context, backend = _open_stage(options, model) if options.stage else _open_whole(options, model, abort)
     layout, no_blocks = _learn(options, backend)
     # Copies between slots need the layout too.
-    reuse = options.prefix_block_tokens if layout else 0
-    loop: Engine | StageLoop
-    if isinstance(backend, LlamaStage):
-        loop = StageLoop(backend, link, time.monotonic, block_tokens=reuse, poll_s=options.poll_s)
-    else:
-        loop = _engine(options, backend, link, abort, reuse)
-
-    def use_arena(message: UseArena) -> None:
-        backend.use_file(ArenaFile(Path(message.path), ArenaGeometry(message.block_bytes, message.n_blocks)))
-
-    loop.on_arena = use_arena
+    loop = _loop(options, backend, link, abort, options.prefix_block_tokens if layout else 0)
     link.send(
         Ready(
             ctx_size=backend.n_ctx,
@@ -119,6 +108,24 @@ def _run_engine(options: EngineOptions, link: WorkerLink, abort_file: Path) -> N
     finally:
         context.close()
         model.close()
+
+
+def _loop(
+    options: EngineOptions, backend: LlamaBackend, link: WorkerLink, abort: AbortFlag, block_tokens: int
+) -> Engine | StageLoop:
+    from swarmcpp.engine.loop import Engine
+    from swarmcpp.engine.stageloop import StageLoop
+    from swarmcpp.kv.arena import ArenaFile, ArenaGeometry
+    from swarmcpp.llama.stage import LlamaStage
+
+    def open_arena(message: UseArena) -> None:
+        backend.use_file(ArenaFile(Path(message.path), ArenaGeometry(message.block_bytes, message.n_blocks)))
+
+    clock = time.monotonic
+    if isinstance(backend, LlamaStage):
+        return StageLoop(backend, link, clock, block_tokens=block_tokens, poll_s=options.poll_s, open_arena=open_arena)
+    scheduler = _scheduler(options, backend.max_rows)
+    return Engine(backend, link, scheduler, abort, clock, block_tokens=block_tokens, open_arena=open_arena)
 
 
 def _open_whole(options: EngineOptions, model: Model, abort: AbortFlag) -> tuple[Context, LlamaBackend]:
@@ -158,18 +165,17 @@ def _learn(options: EngineOptions, backend: LlamaBackend) -> tuple[KvLayout | No
         return None, str(error)
 
 
-def _engine(options: EngineOptions, backend: LlamaBackend, link: EngineLink, abort: AbortFlag, reuse: int) -> Engine:
-    from swarmcpp.engine.loop import Engine
+def _scheduler(options: EngineOptions, max_rows: int) -> Scheduler:
     from swarmcpp.engine.scheduler import Policy, Scheduler
 
     policy = Policy(
         prefill_chunk_tokens=options.prefill_chunk_tokens,
         prefill_budget_s=options.prefill_budget_s,
-        max_rows=backend.max_rows,
+        max_rows=max_rows,
         continuous_batching=options.continuous_batching,
         batched_prefill_forward=options.batched_prefill_forward,
     )
-    return Engine(backend, link, Scheduler(policy), abort, time.monotonic, block_tokens=reuse)
+    return Scheduler(policy)
 
 
 class _Progress:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -10,9 +11,27 @@ import numpy.typing as npt
 
 from swarmcpp.core import BlockRef, GenerateRequest, Rows, SamplerLike, Token
 from swarmcpp.wire.codec import Buffer, RowEncoding
-from swarmcpp.wire.engine import RunPart
+from swarmcpp.wire.engine import RunPart, UseArena
+
+logger = logging.getLogger(__name__)
 
 FloatRows = npt.NDArray[np.float32]
+OpenArena = Callable[[UseArena], None]
+"""Opens the node's arena for the backend. Raises OSError when it cannot."""
+
+
+def no_arena(message: UseArena) -> None:
+    """For loops without blocks."""
+
+
+def opens(open_arena: OpenArena, message: UseArena) -> bool:
+    """Whether the node's arena can be opened; a line in the log says why not."""
+    try:
+        open_arena(message)
+    except OSError as error:
+        logger.warning("%s: the engine cannot open the arena: %s", message.path, error)
+        return False
+    return True
 
 
 class Backend(Protocol):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from swarmcpp.core import Chunk, Clock, EngineStats, Rows
 from swarmcpp.engine.abortflag import AbortFlag
-from swarmcpp.engine.backend import WholeBackend
+from swarmcpp.engine.backend import OpenArena, WholeBackend, no_arena, opens
 from swarmcpp.engine.prefix import Placement, pack, place
 from swarmcpp.engine.scheduler import Scheduler
 from swarmcpp.engine.sequence import gap
@@ -62,8 +62,10 @@ class Engine:
         clock: Clock,
         *,
         block_tokens: int = 0,
+        open_arena: OpenArena = no_arena,
     ) -> None:
         self._backend = backend
+        self._open_arena = open_arena
         self._link = link
         self._scheduler = scheduler
         self._abort = abort
@@ -80,8 +82,6 @@ class Engine:
         self._uses = 0
         self._decode_tps = 0.0
         self._arena = False
-        self.on_arena: Callable[[UseArena], None] = lambda _message: None
-        """Opens the node's arena for the backend; raises OSError when it cannot."""
         self.stopped = False
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ class Engine:
             case Forget():
                 self._forget()
             case UseArena():
-                self._open_arena(message)
+                self._arena = opens(self._open_arena, message)
             case Stop():
                 self.stopped = True
             case _:
@@ -301,14 +301,6 @@ class Engine:
         return running
 
     # -- blocks --------------------------------------------------------------------------------------------------
-
-    def _open_arena(self, message: UseArena) -> None:
-        try:
-            self.on_arena(message)
-        except OSError as error:
-            logger.warning("%s: the engine cannot open the arena: %s", message.path, error)
-        else:
-            self._arena = True
 
     def _announce(self, slot: Slot) -> None:
         """Offer the node the full blocks that its arena may not have; it answers with StoreBlocks."""

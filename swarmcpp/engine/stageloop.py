@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swarmcpp.core import Clock, Sampled, SamplerLike
-from swarmcpp.engine.backend import FloatRows, StageBackend
+from swarmcpp.engine.backend import FloatRows, OpenArena, StageBackend, no_arena, opens
 from swarmcpp.errors import DecodeFailed, QueueFull, StageLost, SwarmError, WireError
 from swarmcpp.telemetry import diag
 from swarmcpp.wire.codec import Buffer
@@ -61,9 +61,17 @@ class StageLoop:
     """
 
     def __init__(
-        self, backend: StageBackend, link: StageLink, clock: Clock, *, block_tokens: int = 0, poll_s: float = 0.0
+        self,
+        backend: StageBackend,
+        link: StageLink,
+        clock: Clock,
+        *,
+        block_tokens: int = 0,
+        poll_s: float = 0.0,
+        open_arena: OpenArena = no_arena,
     ) -> None:
         self._backend = backend
+        self._open_arena = open_arena
         self._link = link
         self._clock = clock
         self._block_tokens = block_tokens
@@ -76,8 +84,6 @@ class StageLoop:
         """By serial."""
         self._arena = False
         self._failures = 0
-        self.on_arena: Callable[[UseArena], None] = lambda _message: None
-        """Opens the node's arena for the backend; raises OSError when it cannot."""
         self.stopped = False
 
     def serve(self) -> None:
@@ -106,7 +112,7 @@ class StageLoop:
             case Cancel(serial=serial):
                 self._free(serial)
             case UseArena():
-                self._open_arena(message)
+                self._arena = opens(self._open_arena, message)
             case Stop():
                 self.stopped = True
             case _:
@@ -287,14 +293,6 @@ class StageLoop:
         return tuple((self._backend.sample(s.sampler, s.slot),) for s in asked if s.sampler), None
 
     # -- blocks --------------------------------------------------------------------------------------------------
-
-    def _open_arena(self, message: UseArena) -> None:
-        try:
-            self.on_arena(message)
-        except OSError as error:
-            logger.warning("%s: the engine cannot open the arena: %s", message.path, error)
-        else:
-            self._arena = True
 
     def _store(self, message: StoreBlocks) -> None:
         """Write the granted blocks as far as the sequence holds them."""

@@ -205,7 +205,7 @@ def node_on(
             else:
                 backend.use_file(file)
 
-        engine.on_arena = open_arena
+        engine._open_arena = open_arena
         link.inbox.append(UseArena(str(cache.path), cache.block_bytes, cache.n_blocks))
     return Node(backend, engine, link, abort, cache)
 

@@ -332,7 +332,7 @@ def test_blocks_come_back_from_the_arena(first: Stage, tmp_path: Path) -> None:
     def use(_: UseArena) -> None:
         first.backend.use_file(ArenaFile(file, geometry))
 
-    first.loop.on_arena = use
+    first.loop._open_arena = use
     first.loop.handle(message)
     run(first, [RunPart(1, 0, 64, 0)])
     run(first, [RunPart(1, 64, 64, 0)])
