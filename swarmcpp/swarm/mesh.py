@@ -13,18 +13,16 @@ import logging
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
-
-import zmq.asyncio
 
 from swarmcpp.core import Clock
 from swarmcpp.errors import BadRequest, IdentityTaken, SwarmError, WireError
 from swarmcpp.peers import Address, Capability, NodeId
 from swarmcpp.swarm.announcer import Announcer
+from swarmcpp.swarm.dialling import HELLO_TIMEOUT_S, Dialler
 from swarmcpp.swarm.endpoint import Endpoint, Responder
 from swarmcpp.swarm.holders import Holders
-from swarmcpp.swarm.identity import SwarmKey, node_id, valid_address
+from swarmcpp.swarm.identity import SwarmKey
 from swarmcpp.swarm.links import LinkBook, probe
 from swarmcpp.swarm.membership import Change, Heard, Membership, PeerView, Status, check_capability
 from swarmcpp.swarm.peerlink import PeerLink
@@ -54,19 +52,11 @@ from swarmcpp.wire.peers import (
 
 logger = logging.getLogger(__name__)
 
-HELLO_TIMEOUT_S = 3.0
-REDIAL_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
-"""Pauses between tries to reach a node. zmq itself reconnects sooner; this is for nodes that answer wrongly or not."""
-
-FORGET_TRIES = 40
-"""Tries in a row (about ten minutes) after which an address that only others named is not dialled any more."""
-
 PROBE_EVERY_S = 10.0
 EXCHANGE_S = (1.0, 10.0)
 """Between questions for peers of peers, in the first seconds of a node and afterwards."""
 
 MAX_PAGES = 1000
-MAX_PEERS = 1024
 MAX_EVENTS = 100
 ANNOUNCED_PEERS = 64
 """Addresses in a Welcome: any of them leads to the rest."""
@@ -104,24 +94,6 @@ class PeerService(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class _Dial:
-    """A node that is or will be dialled; `kept` ones are never given up."""
-
-    addresses: deque[Address]
-    kept: bool
-    link: PeerLink | None = None
-    node: NodeId | None = None
-    """Set while the link is greeted."""
-    lost: asyncio.Event = field(default_factory=asyncio.Event)
-    boot: int = 0
-    """The newest life in which it has said hello itself."""
-    heard: asyncio.Event = field(default_factory=asyncio.Event)
-    """It has, in a new life: there is no reason to wait with the next try."""
-    task: asyncio.Task[None] | None = None
-    refused: str = ""
-
-
 class Mesh:
     """One node's place in its swarm. Every method runs on the event loop of `start`."""
 
@@ -134,13 +106,10 @@ class Mesh:
         clock: Clock,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._key = key
         self._identity = identity
         self._services = services
         self._clock = clock
         self._sleep = sleep
-        self._context = zmq.asyncio.Context(io_threads=1)
-        self._dials: dict[str, _Dial] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._met: set[tuple[str, int]] = set()
         self._learning: dict[NodeId, bool] = {}
@@ -157,6 +126,9 @@ class Mesh:
         """Set whenever something of the swarm changed."""
         self.twin: Address | None = None
         """Where another node with this node's identity is."""
+        self._dialler = Dialler(key, identity.keys.public, self, sleep)
+        self.dial, self.refusals = self._dialler.dial, self._dialler.refusals
+        self.caller, self.callers = self._dialler.caller, self._dialler.callers
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -172,15 +144,11 @@ class Mesh:
         self._closed = True
         for gossip in self.announcer.leave():
             self.endpoint.publish(gossip)
-        tasks = [*self._tasks, *(dial.task for dial in self._dials.values() if dial.task)]
-        for task in tasks:
+        for task in (*self._tasks, *self._dialler.tasks()):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for dial in self._dials.values():
-            if dial.link:
-                await dial.link.aclose()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._dialler.aclose()
         await self.endpoint.aclose()
-        self._context.destroy(linger=0)
 
     def _spawn(self, work: Awaitable[None], name: str) -> asyncio.Task[None]:
         async def root() -> None:
@@ -197,6 +165,10 @@ class Mesh:
     def _capability(self) -> Capability:
         return self.announcer.stamped(self._services.capability())
 
+    def hello(self) -> Hello:
+        """What this node says of itself when it meets another one."""
+        return Hello(PROTOCOL, PROTOCOL, self._capability())
+
     def note(self, text: str) -> None:
         """Remember an event for `status`, and log it."""
         logger.info("swarm: %s", text)
@@ -205,17 +177,6 @@ class Mesh:
 
     # -- peers ---------------------------------------------------------------------------------------------------
 
-    def caller(self, node: NodeId) -> PeerLink | None:
-        """The link to a peer that has been greeted and is not lost."""
-        for dial in self._dials.values():
-            if dial.node == node and dial.link is not None:
-                return dial.link
-        return None
-
-    def callers(self) -> dict[NodeId, PeerLink]:
-        """All greeted links."""
-        return {dial.node: dial.link for dial in self._dials.values() if dial.node and dial.link}
-
     def name(self, node: NodeId) -> str:
         """What a node calls itself; its id when that is not known."""
         view = self.membership.get(node)
@@ -223,34 +184,9 @@ class Mesh:
 
     def addresses(self) -> tuple[Address, ...]:
         """Addresses of greeted peers, to be remembered and told to others."""
-        return tuple(dial.link.address for dial in self._dials.values() if dial.node and dial.link)
+        return tuple(link.address for link in self.callers().values())
 
-    def refusals(self) -> dict[Address, str]:
-        """Why addresses that were dialled could not be greeted, so far."""
-        return {dial.addresses[0]: dial.refused for dial in self._dials.values() if not dial.node and dial.refused}
-
-    def dial(self, addresses: Sequence[Address], *, kept: bool = False) -> None:
-        """Try to reach a node at these addresses (all of one key), now and again. `kept`: for ever."""
-        # Most come from other machines, and zmq reads more in a host than its name.
-        addresses = [address for address in addresses if valid_address(address)]
-        if self._closed or not addresses:
-            return
-        key = addresses[0].key
-        if key == self._identity.keys.public:
-            self._meet_self(addresses)
-            return
-        known = self._dials.get(key)
-        if known is None:
-            if len(self._dials) >= MAX_PEERS:
-                return
-            known = self._dials[key] = _Dial(deque(maxlen=16), kept)
-            known.task = asyncio.create_task(self._attend(key, known), name=f"peer {addresses[0]}")
-        known.kept |= kept
-        for address in addresses:
-            if address.key == key and address not in known.addresses:
-                known.addresses.append(address)
-
-    def _meet_self(self, addresses: Sequence[Address]) -> None:
+    def met_self(self, addresses: Sequence[Address]) -> None:
         """Somebody announces this node's own key: this node under another address, or a copy of its identity."""
         own = {(address.host, address.port) for address in self._capability().addresses}
         for address in addresses:
@@ -259,9 +195,9 @@ class Mesh:
                 self._spawn(self._ask_twin(address), "twin")
 
     async def _ask_twin(self, address: Address) -> None:
-        link = self._link(address)
+        link = self._dialler.link(address)
         try:
-            await link.ask(Hello(PROTOCOL, PROTOCOL, self._capability()), timeout_s=HELLO_TIMEOUT_S)
+            await link.ask(self.hello(), timeout_s=HELLO_TIMEOUT_S)
         except IdentityTaken:
             self.twin = address
             self.note(f"the node at {address} has this node's identity")
@@ -270,83 +206,19 @@ class Mesh:
         finally:
             await link.aclose()
 
-    def _link(self, address: Address, on_lost: Callable[[], None] = lambda: None) -> PeerLink:
-        return PeerLink(address, self._key.member, context=self._context, on_news=self._hear, on_lost=on_lost)
-
-    async def _attend(self, key: str, dial: _Dial) -> None:
-        """Keep one link: greet, wait until it is lost, greet again."""
-        failures = 0
-        while dial.kept or failures < FORGET_TRIES:
-            address = dial.addresses[0]
-            try:
-                await self._greet(address, dial)
-            except SwarmError as error:
-                reason = (dial.link.refusal if dial.link else "") or str(error)
-                if reason != dial.refused:
-                    logger.info("swarm: %s cannot be greeted: %s", address, reason)
-                dial.refused = reason
-                self.changed.set()
-                failures += 1
-                # Another one may be in front by now, which it has said itself.
-                if address in dial.addresses:
-                    dial.addresses.remove(address)
-                    dial.addresses.append(address)
-                # Jitter: nodes that lost each other at one moment shall not meet at one moment again and again.
-                pause = REDIAL_S[min(failures, len(REDIAL_S)) - 1]
-                if await self._pause(pause * random.uniform(0.8, 1.2), dial.heard):
-                    failures = 0
-                    if dial.link:
-                        # It may be waiting itself before it connects again.
-                        await dial.link.aclose()
-                        dial.link = None
-                continue
-            failures = 0
-            dial.heard.clear()
-            await dial.lost.wait()
-            self._lose(dial)
-        if dial.link:
-            await dial.link.aclose()
-        self._dials.pop(key, None)
-
-    async def _pause(self, seconds: float, end: asyncio.Event) -> bool:
-        """Sleep until `end` is set, if that is sooner; whether it was. Clears it."""
-        waiting = (asyncio.ensure_future(self._sleep(seconds)), asyncio.ensure_future(end.wait()))
-        try:
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for each in waiting:
-                each.cancel()
-        ended = end.is_set()
-        end.clear()
-        return ended
-
-    async def _greet(self, address: Address, dial: _Dial) -> None:
-        """Hello, then everything that this node wants to know. Raises SwarmError."""
-        if dial.link is None or dial.link.address != address:
-            if dial.link is not None:
-                await dial.link.aclose()
-            dial.link = self._link(address, dial.lost.set)
-        link = dial.link
-        dial.lost.clear()
-        hello = Hello(PROTOCOL, PROTOCOL, self._capability())
-        reply, _ = await link.ask(hello, timeout_s=HELLO_TIMEOUT_S)
-        if not isinstance(reply, Welcome):
-            raise WireError(f"{address} answers Hello with {type(reply).__name__}; run the same swarmcpp on both sides")
-        capability = check_capability(reply.capability)
-        if capability.node != node_id(address.key):
-            raise WireError(f"{address} says that it is {capability.node}, which its key denies")
+    def greeted(self, address: Address, capability: Capability) -> None:
+        """The node at `address` answers a hello. Raises WireError when it is this one."""
         heard = self.membership.welcome(capability)
         if heard in (Heard.OWN, Heard.REPLAY):
             raise WireError(f"{address} is this node itself")
-        dial.node, dial.refused = capability.node, ""
-        link.subscribe(capability.pub_port)
         if heard is Heard.NEW:
             self.holders.forget(capability.node)
             self.note(f"{capability.name or capability.node} is in the swarm")
         self._learn_soon(capability.node)
-        for each in reply.peers:
-            self.dial((each,))
-        self.changed.set()
+
+    def lost(self, node: NodeId) -> None:
+        """The link to a node is lost."""
+        self.membership.lost(node)
 
     def _learn_soon(self, node: NodeId) -> None:
         """Measure the link and list the peer's blocks, unless that is going on: then once more after it."""
@@ -382,15 +254,9 @@ class Mesh:
                 if after is None:
                     return
 
-    def _lose(self, dial: _Dial) -> None:
-        if dial.node:
-            self.membership.lost(dial.node)
-            dial.node = None
-        self.changed.set()
-
     # -- what peers say ------------------------------------------------------------------------------------------
 
-    def _hear(self, gossip: Gossip) -> None:
+    def hear(self, gossip: Gossip) -> None:
         """News from the socket of the node that it is about; PeerLink has checked that."""
         before = self.membership.get(gossip.node)
         try:
@@ -400,18 +266,12 @@ class Mesh:
             return
         if heard not in (Heard.NEWS, Heard.GAP):
             if heard is Heard.UNKNOWN:
-                self._greet_again(gossip.node)
+                self._dialler.greet_again(gossip.node)
             return
         self.holders.hear(gossip)
         if heard is Heard.GAP or _roots(before) != _roots(self.membership.get(gossip.node)):
             self._learn_soon(gossip.node)
         self.changed.set()
-
-    def _greet_again(self, node: NodeId) -> None:
-        """A node that is in a new life, which the link may not have noticed."""
-        for dial in self._dials.values():
-            if dial.node == node:
-                dial.lost.set()
 
     def _begin(self, ask: Ask, payload: list[memoryview], respond: Responder) -> bool:
         if isinstance(ask, RunStage):
@@ -449,23 +309,8 @@ class Mesh:
         if capability.node == self._identity.node_id and capability.boot != self._identity.boot:
             raise IdentityTaken(f"another node has the identity {capability.node}; take a new one")
         if capability.node != self._identity.node_id:
-            self._expect(capability)
+            self._dialler.expect(capability)
         return Welcome(PROTOCOL, self._capability(), self.addresses()[:ANNOUNCED_PEERS])
-
-    def _expect(self, capability: Capability) -> None:
-        """A node says where it is. In a new life that goes before what was known of it, and is tried at once."""
-        addresses = [each for each in capability.addresses if node_id(each.key) == capability.node]
-        self.dial(addresses)
-        dial = self._dials.get(addresses[0].key) if addresses else None
-        # Once in each life: nodes that greet each other in vain would do so without a pause.
-        if dial is None or capability.boot <= dial.boot:
-            return
-        dial.boot = capability.boot
-        for address in reversed(addresses):
-            if address in dial.addresses:
-                dial.addresses.remove(address)
-                dial.addresses.appendleft(address)
-        dial.heard.set()
 
     # -- clockwork -----------------------------------------------------------------------------------------------
 
@@ -499,9 +344,8 @@ class Mesh:
         links = list(self.callers().values())
         if not links:
             return
-        hello = Hello(PROTOCOL, PROTOCOL, self._capability())
         with contextlib.suppress(SwarmError):
-            reply, _ = await random.choice(links).ask(hello, timeout_s=HELLO_TIMEOUT_S)
+            reply, _ = await random.choice(links).ask(self.hello(), timeout_s=HELLO_TIMEOUT_S)
             for address in reply.peers if isinstance(reply, Welcome) else ():
                 self.dial((address,))
 
