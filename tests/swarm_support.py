@@ -12,7 +12,7 @@ import zmq
 import zmq.asyncio
 
 from swarmcpp.peers import Address
-from swarmcpp.swarm.endpoint import Beginner, Endpoint, Handler, Limits, Responder
+from swarmcpp.swarm.endpoint import AskLimits, Beginner, Endpoint, Handler, Responder
 from swarmcpp.swarm.identity import KeyPair, SwarmKey, new_node_keys
 from swarmcpp.swarm.peerlink import PeerLink
 from swarmcpp.wire.peers import Ask, Gossip, Ping, Pong
@@ -49,7 +49,7 @@ class Peers:
         *,
         keys: KeyPair | None = None,
         port: int = 0,
-        limits: Limits | None = None,
+        limits: AskLimits | None = None,
         begin: Beginner = lambda _ask, _payload, _respond: False,
     ) -> tuple[Endpoint, Address]:
         """A server, and where it is."""

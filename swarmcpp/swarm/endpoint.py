@@ -63,7 +63,7 @@ _TEXT = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class AskLimits:
     """Bounds of what peers can make an endpoint hold."""
 
     tasks: int = 1024
@@ -156,14 +156,14 @@ class Endpoint:
         handler: Handler,
         *,
         begin: Beginner = lambda _ask, _payload, _respond: False,
-        limits: Limits | None = None,
+        limits: AskLimits | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._keys = keys
         self._begin = begin
         self._member = z85.decode(member_public.encode())
         self._handler = handler
-        self._limits = limits or Limits()
+        self._limits = limits or AskLimits()
         self._clock = clock
         # ZAP is found by a name within its context: one context for each endpoint.
         self._context = zmq.asyncio.Context(io_threads=1)

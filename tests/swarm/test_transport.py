@@ -14,7 +14,7 @@ from swarm_support import DEADLINE_S, HOST, Peers, pong, swarm, until
 from swarmcpp.core import GenerateRequest
 from swarmcpp.errors import BadConfig, PeerLost, PeerTimeout, PortInUse, QueueFull, SwarmError, UnknownModel, WireError
 from swarmcpp.peers import Address, Load
-from swarmcpp.swarm.endpoint import Endpoint, Handler, Limits, Responder
+from swarmcpp.swarm.endpoint import AskLimits, Endpoint, Handler, Responder
 from swarmcpp.swarm.identity import SwarmKey, new_node_keys, node_id
 from swarmcpp.swarm.peerlink import MAX_BUFFERED, MAX_OUTSTANDING, PeerLink
 from swarmcpp.wire.peers import (
@@ -111,7 +111,7 @@ async def test_large_frames_pass(peers: Peers) -> None:
 
 
 async def test_requests_in_parallel_get_each_its_own_reply(peers: Peers) -> None:
-    _, address = await peers.endpoint(limits=Limits(tasks_per_asker=256))
+    _, address = await peers.endpoint(limits=AskLimits(tasks_per_asker=256))
     links = [peers.link(address) for _ in range(3)]
     replies = await asyncio.gather(*(ping(link, n) for n in range(200) for link in links))
     assert [len(reply[0]) for reply in replies] == [n for n in range(200) for _ in links]
@@ -263,7 +263,7 @@ async def test_a_refused_link_works_once_the_key_is_accepted(peers: Peers) -> No
 
 async def test_too_many_requests_of_one_asker_are_refused_and_others_are_not(peers: Peers) -> None:
     holding = Holding()
-    _, address = await peers.endpoint(holding, limits=Limits(tasks=5, tasks_per_asker=3))
+    _, address = await peers.endpoint(holding, limits=AskLimits(tasks=5, tasks_per_asker=3))
     first, second = peers.link(address), peers.link(address)
     held = [asyncio.create_task(first.ask(MANIFEST, timeout_s=DEADLINE_S)) for _ in range(3)]
     await until(lambda: holding.started == 3, "three are held")
@@ -281,7 +281,7 @@ async def test_too_many_requests_of_one_asker_are_refused_and_others_are_not(pee
 
 async def test_payload_of_requests_under_way_is_bounded(peers: Peers) -> None:
     holding = Holding()
-    _, address = await peers.endpoint(holding, limits=Limits(payload_per_asker=2000, payload=3000))
+    _, address = await peers.endpoint(holding, limits=AskLimits(payload_per_asker=2000, payload=3000))
     first, second = peers.link(address), peers.link(address)
     held = [asyncio.create_task(first.ask(MANIFEST, (bytes(500), bytes(500)), timeout_s=DEADLINE_S)) for _ in range(2)]
     await until(lambda: holding.started == 2, "two are held")
@@ -299,7 +299,7 @@ async def test_payload_of_requests_under_way_is_bounded(peers: Peers) -> None:
 
 async def test_requests_under_way_on_a_link_are_bounded(peers: Peers) -> None:
     holding = Holding()
-    _, address = await peers.endpoint(holding, limits=Limits(tasks_per_asker=1000))
+    _, address = await peers.endpoint(holding, limits=AskLimits(tasks_per_asker=1000))
     link = peers.link(address)
     asks = [asyncio.create_task(link.ask(MANIFEST, timeout_s=DEADLINE_S)) for _ in range(MAX_OUTSTANDING)]
     await until(lambda: holding.started == MAX_OUTSTANDING, "all are asked")
@@ -348,7 +348,7 @@ async def test_an_asker_that_does_not_read_big_replies_is_bounded_by_bytes(peers
             errors.append(error)
             raise
 
-    _, address = await peers.endpoint(handle, limits=Limits(unread_per_asker=32 << 20))
+    _, address = await peers.endpoint(handle, limits=AskLimits(unread_per_asker=32 << 20))
     dealer = peers.raw_dealer(address)
     await dealer.send_multipart([b"00000001", encode(MANIFEST)])
     await until(lambda: len(errors) == 1, "it is given up")
@@ -564,7 +564,7 @@ class Later:
 
 async def test_a_request_without_a_task_is_answered_later_and_counts_until_then(peers: Peers) -> None:
     later = Later()
-    server, address = await peers.endpoint(begin=later, limits=Limits(tasks_per_asker=2))
+    server, address = await peers.endpoint(begin=later, limits=AskLimits(tasks_per_asker=2))
     link = peers.link(address)
     asked = [asyncio.create_task(link.ask(MANIFEST, [b"12345"], timeout_s=DEADLINE_S)) for _ in range(2)]
     await until(lambda: len(later.waiting) == 2, "both are there")
