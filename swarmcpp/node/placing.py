@@ -14,7 +14,7 @@ from swarmcpp.errors import BadRequest
 from swarmcpp.models.capacity import embedding_bytes, head_bytes, kv_bytes_per_token, layer_bytes, stage_memory
 from swarmcpp.models.inspect import ModelFile
 from swarmcpp.peers import Capability, NodeId
-from swarmcpp.route.costs import UNKNOWN_RTT_S, Machine, ModelShape, stage_bytes
+from swarmcpp.route.costs import UNKNOWN_HOP_RTT_S, Machine, ModelShape, stage_bytes
 from swarmcpp.route.passes import pass_s, sound_curve
 from swarmcpp.route.placement import Placement, expected, place
 from swarmcpp.route.placement_words import explain, size
@@ -232,7 +232,7 @@ def _typical(node: NodeId, name: str, memory: int, known: Sequence[Machine]) -> 
         memory=memory,
         layer_s=median(each.layer_s for each in known) if known else 0.0,
         prefill_layer_s=median(each.prefill_layer_s for each in known) if known else 0.0,
-        link_s=median(rtts) if rtts else UNKNOWN_RTT_S,
+        link_s=median(rtts) if rtts else UNKNOWN_HOP_RTT_S,
     )
 
 

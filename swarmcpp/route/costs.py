@@ -33,8 +33,8 @@ from swarmcpp.route.replicas import ROW_SHARE, SLOW_PASS_S, TILE_TOKENS
 EMBEDDING_ROWS_BYTES: Final = 16 << 20
 """What the head keeps of the embedding, at most: the table is mapped, and only the rows of tokens are read."""
 
-UNKNOWN_RTT_S: Final = 0.005
-"""Of a link that nobody measured: slow for a LAN, so that it never looks free."""
+UNKNOWN_HOP_RTT_S: Final = 0.005
+"""Between two machines of a chain whose link nobody measured: slow for a LAN, so that it never looks free."""
 
 PROMPT_TOKENS: Final = 512
 """The prompt whose TTFT is told."""
@@ -90,7 +90,7 @@ class Machine:
     """Seconds that one layer takes for a tile of 64 prompt tokens; 0: unknown, priced likewise."""
     holds: tuple[tuple[int, int], ...] = ()
     """Ranges [first, last) that it holds or loads now; the first one is what it will keep, so the latest acquired."""
-    link_s: float | Mapping[NodeId, float] = UNKNOWN_RTT_S
+    link_s: float | Mapping[NodeId, float] = UNKNOWN_HOP_RTT_S
     """Round trips in seconds: one to everybody, or by peer."""
     bytes_per_s: float = 0.0
     """Rate of its link; 0: unknown, and transfers are not priced."""
@@ -184,7 +184,7 @@ def rtt_s(one: Machine, other: Machine) -> float:
         link.get(peer.node) if isinstance(link, Mapping) else link
         for link, peer in ((one.link_s, other), (other.link_s, one))
     ]
-    return max((rtt for rtt in told if rtt is not None and 0 <= rtt < math.inf), default=UNKNOWN_RTT_S)
+    return max((rtt for rtt in told if rtt is not None and 0 <= rtt < math.inf), default=UNKNOWN_HOP_RTT_S)
 
 
 def _priced(seconds: float) -> float:

@@ -13,7 +13,9 @@ from swarmcpp.peers import NodeId, ObservedLatency
 from swarmcpp.telemetry import RateEma
 from swarmcpp.wire.peers import Caller, Ping, Pong
 
-UNKNOWN_RTT_S: Final = 0.1
+UNKNOWN_LINK_RTT_S: Final = 0.1
+"""To a peer that is to be asked for something."""
+
 UNKNOWN_BYTES_PER_S: Final = 125_000.0
 """1 Mbit/s. What has not been measured is priced as slow: a wrong guess then costs a chance, not a user's time."""
 
@@ -81,7 +83,7 @@ class LinkBook:
     def rtt_s(self, peer: NodeId) -> float:
         """The smallest of the last round trips: the others also measured queues. 0.1 when there is none."""
         known = self._rtt(peer)
-        return UNKNOWN_RTT_S if known is None else known
+        return UNKNOWN_LINK_RTT_S if known is None else known
 
     def bytes_per_s(self, peer: NodeId) -> float:
         """The rate of a link, for a price: 125 kB/s when it is not known, and never 0."""

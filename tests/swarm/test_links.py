@@ -16,7 +16,7 @@ from swarmcpp.swarm.links import (
     PROBE_BYTES,
     RETRY_S,
     UNKNOWN_BYTES_PER_S,
-    UNKNOWN_RTT_S,
+    UNKNOWN_LINK_RTT_S,
     LinkBook,
     probe,
 )
@@ -33,7 +33,7 @@ def book(clock: SteppedClock) -> LinkBook:
 
 
 def test_unknown_is_slow_and_never_free(book: LinkBook) -> None:
-    assert book.rtt_s("a") == UNKNOWN_RTT_S
+    assert book.rtt_s("a") == UNKNOWN_LINK_RTT_S
     assert book.bytes_per_s("a") == book.own_bytes_per_s() == UNKNOWN_BYTES_PER_S
     assert book.wants_rate("a") and book.observed() == ()
 
@@ -54,7 +54,7 @@ def test_everything_expires(book: LinkBook, clock: SteppedClock) -> None:
     book.add_total(10_000_000, 0.01)
     assert book.own_bytes_per_s() == 1e9
     clock.now += EXPIRY_S + 1
-    assert (book.rtt_s("a"), book.bytes_per_s("a")) == (UNKNOWN_RTT_S, UNKNOWN_BYTES_PER_S)
+    assert (book.rtt_s("a"), book.bytes_per_s("a")) == (UNKNOWN_LINK_RTT_S, UNKNOWN_BYTES_PER_S)
     assert book.observed() == () and book.own_bytes_per_s() == UNKNOWN_BYTES_PER_S
 
 
