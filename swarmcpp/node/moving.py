@@ -18,11 +18,11 @@ from swarmcpp.route.placement import place
 TICK_S: Final = 5.0
 """Between two looks at the placement; a node moves after three that want the same."""
 
-Load = Callable[[int, int], Awaitable[None]]
+Loader = Callable[[int, int], Awaitable[None]]
 """Loads a range of layers, and does what this node can do with them. Raises SwarmError."""
 
 
-async def keep_placed(host: LayerHost, load: Load, model: SharedModel, swarm: Swarm) -> None:
+async def keep_placed(host: LayerHost, load: Loader, model: SharedModel, swarm: Swarm) -> None:
     """Move this node's layers where the placement wants them, a step at a time, for ever."""
     shape = await asyncio.to_thread(shape_of, model.file, model.manifest.fingerprint, model.ctx_size, model.slots)
     shard = AutoShard(swarm.node_id, shape.n_layers)
@@ -34,7 +34,7 @@ async def keep_placed(host: LayerHost, load: Load, model: SharedModel, swarm: Sw
             swarm.mesh.note(f"layers could not be moved: {error}")
 
 
-async def _tick(host: LayerHost, load: Load, shard: AutoShard, shape: ModelShape, swarm: Swarm) -> None:
+async def _tick(host: LayerHost, load: Loader, shard: AutoShard, shape: ModelShape, swarm: Swarm) -> None:
     capabilities = swarm.capabilities()
     machines = machines_of(capabilities, shape.fingerprint)
     placement = await asyncio.to_thread(place, shape, machines)

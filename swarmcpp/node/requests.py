@@ -21,7 +21,7 @@ from swarmcpp.errors import (
     WireError,
 )
 from swarmcpp.node.remote import remote_tokens
-from swarmcpp.node.view import Running
+from swarmcpp.node.view import RequestInView
 from swarmcpp.peers import CacheHits, NodeId
 from swarmcpp.route.replicas import Choice, DelegationRates, Replica, choose
 from swarmcpp.sharing.blocks import SharedBlocks
@@ -87,21 +87,21 @@ class Requests:
         self._blocks = blocks
         self._clock = clock
         self._serial = 0
-        self._running: dict[int, Running] = {}
+        self._running: dict[int, RequestInView] = {}
         self._sent: dict[NodeId, list[_Sent]] = {}
         self._rates = DelegationRates(clock)
         self.tally = Tally()
 
-    def running(self) -> tuple[Running, ...]:
+    def running(self) -> tuple[RequestInView, ...]:
         """Requests under way, the oldest first."""
         return tuple(self._running.values())
 
     @contextlib.contextmanager
-    def tracked(self, request: GenerateRequest, route: Callable[[], str] = str) -> Iterator[Running]:
+    def tracked(self, request: GenerateRequest, route: Callable[[], str] = str) -> Iterator[RequestInView]:
         """Show a request as running; `route` tells where."""
         self._serial += 1
         serial = self._serial
-        row = self._running[serial] = Running(request, route, self._clock())
+        row = self._running[serial] = RequestInView(request, route, self._clock())
         try:
             yield row
         finally:

@@ -22,7 +22,7 @@ MAX_NAME: Final = 24
 
 
 @dataclass(slots=True)
-class Running:
+class RequestInView:
     """A request that this node answers, for its own clients or for a peer. `route` tells where it runs now; `begun` is
     on the node's clock."""
 
@@ -32,7 +32,7 @@ class Running:
     generated: int = 0
 
 
-def request_rows(running: Iterable[Running], now: float) -> tuple[RequestRow, ...]:
+def request_rows(running: Iterable[RequestInView], now: float) -> tuple[RequestRow, ...]:
     """Rows of the requests under way."""
     return tuple(
         RequestRow(

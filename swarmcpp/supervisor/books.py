@@ -59,7 +59,7 @@ class Placing:
 
 
 @dataclass(slots=True)
-class Pass:
+class Underway:
     """A Run that waits for its answer; `spans` are (sequence, start, count). `done` is called once."""
 
     spans: list[tuple[StageSequence, int, int]]
@@ -72,7 +72,7 @@ class Pass:
 class Waiting:
     """All that one engine process owes an answer for; by run, or by serial in the order of the messages."""
 
-    passes: dict[int, Pass] = field(default_factory=dict)
+    passes: dict[int, Underway] = field(default_factory=dict)
     n_bytes: int = 0
     """Of rows in `passes`."""
     placing: dict[int, deque[Placing]] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from swarmcpp.core import Clock, GenerateRequest
 from swarmcpp.engine.scheduler import TILE_ROWS
 from swarmcpp.errors import EngineFailed, NotReady, QueueFull, StageLost, SwarmError, WireError, revive
 from swarmcpp.kv.keys import KEY_BYTES
-from swarmcpp.supervisor.books import Computed, ComputeDone, Pass, Placing, StageSequence, Waiting, next_of
+from swarmcpp.supervisor.books import Computed, ComputeDone, Placing, StageSequence, Underway, Waiting, next_of
 from swarmcpp.supervisor.incarnation import Incarnation
 from swarmcpp.supervisor.process import EngineProcess, ProcessOptions
 from swarmcpp.wire.codec import Buffer, RowEncoding
@@ -162,7 +162,7 @@ class StageSupervisor(EngineProcess):
         run = self._runs + 1
         self._send(Run(run=run, parts=tuple(wanted), encoding=encoding, reply=reply), rows)
         self._runs = run
-        self._waiting.passes[run] = Pass(spans, n_bytes, now, done)
+        self._waiting.passes[run] = Underway(spans, n_bytes, now, done)
         self._waiting.n_bytes += n_bytes
         for opened, start, _ in spans:
             opened.under_way += 1
