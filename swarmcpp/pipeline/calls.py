@@ -9,7 +9,7 @@ from typing import Final, Protocol
 
 from swarmcpp.core import GenerateRequest, Limits
 from swarmcpp.errors import StageFailed, SwarmError, WireError, by_code
-from swarmcpp.pipeline.contract import Pass, Passed, StageRef, StageTime
+from swarmcpp.pipeline.contract import Pass, Passed, SequenceHolder, StageRef, StageTime
 from swarmcpp.route.patience import MOST_S
 from swarmcpp.supervisor.books import ComputeDone
 from swarmcpp.telemetry import printable
@@ -33,18 +33,8 @@ MAX_ID: Final = 2**31 - 1
 MAX_EPOCH: Final = 2**31 - 1
 
 
-class StageHost(Protocol):
-    """One stage on this node. What `contract.StageCaller` says holds for it too, but that passes end at this stage."""
-
-    async def open(
-        self, sequence: bytes, epoch: int, keys: Sequence[bytes], request: GenerateRequest | None, n_tokens: int
-    ) -> int:
-        """See `contract.StageCaller.open`."""
-        ...
-
-    async def resume(self, sequence: bytes, epoch: int, n_tokens: int) -> int:
-        """See `contract.StageCaller.resume`."""
-        ...
+class StageHost(SequenceHolder, Protocol):
+    """One stage on this node, whose passes end at it."""
 
     def begin(
         self,
@@ -59,10 +49,6 @@ class StageHost(Protocol):
 
         Raises what `StageCaller` documents for its other methods.
         """
-        ...
-
-    async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:
-        """See `contract.StageCaller.store`."""
         ...
 
     async def close_sequence(self, sequence: bytes) -> None:

@@ -73,12 +73,12 @@ PassDone = Callable[[Passed | StageFailed], None]
 It must not raise."""
 
 
-class StageCaller(Protocol):
-    """One stage, as a head drives it. Used on the event loop's thread. Passes keep the order in which they are begun.
+class SequenceHolder(Protocol):
+    """What holds the sequences of one stage. Used on the event loop's thread.
 
     Raises, wherever something is wrong: StageLost (the sequence is not known there, has another epoch, or a hole before
     `start`: open it again), QueueFull (`open`: no sequence is free), PeerLost, PeerTimeout, NotReady, EngineFailed,
-    WireError. Passes raise nothing.
+    WireError.
     """
 
     async def open(
@@ -96,6 +96,14 @@ class StageCaller(Protocol):
         """Bring the first `n_tokens` tokens into the sequence's KV; how many are there now (fewer: blocks were bad)."""
         ...
 
+    async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:
+        """Write the blocks of `keys`, whose KV is in the sequence, into the stage's arena, as far as it has room."""
+        ...
+
+
+class StageCaller(SequenceHolder, Protocol):
+    """One stage, as a head drives it. Passes keep the order in which they are begun, and raise nothing."""
+
     def begin(self, work: Pass, done: PassDone, computed: Callable[[], None] = lambda: None) -> None:
         """Compute a pass here and at the stages onward, then call `done`, but never before `begin` has returned.
 
@@ -104,10 +112,6 @@ class StageCaller(Protocol):
 
         No coroutine: each pass of one row goes through this twice on every node, and tasks took longer than all else.
         """
-        ...
-
-    async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:
-        """Write the blocks of `keys`, whose KV is in the sequence, into the stage's arena, as far as it has room."""
         ...
 
     async def close(self, sequence: bytes) -> None:
