@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcpp import files
-from swarmcpp.files import read_at, read_into, try_lock, write_at
+from swarmcpp.files import read_at, read_into, replace_file, try_lock, write_at
 
 
 @pytest.fixture
@@ -115,6 +115,35 @@ def test_a_lock_is_exclusive_until_it_is_closed(tmp_path: Path) -> None:
         assert not try_lock(second)
         first.close()
         assert try_lock(second)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no shared locks here")
+def test_shared_locks_bear_each_other_only(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with path.open("a+b") as first, path.open("a+b") as second, path.open("a+b") as third:
+        assert try_lock(first, shared=True) and try_lock(second, shared=True)
+        assert not try_lock(third)
+        first.close()
+        second.close()
+        assert try_lock(third)
+        with path.open("a+b") as fourth:
+            assert not try_lock(fourth, shared=True)
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.json"
+    for data in (b"old", b"new"):
+        replace_file(path, data)
+        assert path.read_bytes() == data
+
+    def full(_fd: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="full"):
+        replace_file(path, b"newer")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.e2e

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any, BinaryIO, Final
 import zmq
 
 from swarmcpp.errors import BadConfig
-from swarmcpp.files import try_lock
+from swarmcpp.files import replace_file, try_lock
 from swarmcpp.peers import Address, NodeId
 from swarmcpp.swarm.identity import KeyPair, SwarmKey, curve_key_bytes, new_node_keys, node_id, valid_address
 
@@ -205,20 +203,9 @@ class SwarmStore:
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         self._prepare()
-        scratch: Path | None = None
         try:
-            # mkstemp's files are for this user only.
-            descriptor, name = tempfile.mkstemp(dir=self._directory, prefix=f".{path.stem}-", suffix=".tmp")
-            scratch = Path(name)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(path)
-            _sync_directory(self._directory)
+            replace_file(path, json.dumps(content, indent=1).encode())
         except OSError as error:
-            if scratch:
-                scratch.unlink(missing_ok=True)
             raise self._unusable(error) from error
 
     def _prepare(self) -> None:
@@ -234,17 +221,6 @@ class SwarmStore:
             f"cannot use {self._directory} ({error.strerror or error}): make it readable and writable for this user, "
             "or choose another directory with --data-dir"
         )
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename in it last. Windows cannot open a directory, and does not need it."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _identity(content: dict[str, Any]) -> tuple[KeyPair, int]:
