@@ -52,6 +52,7 @@ class ServerConfig:
         0.0, help="seconds that one request may take", low=0.001, high=86400, zero="no limit"
     )
     write_timeout_s: float = setting(60.0, help="seconds that a client may take to read", low=0.1, high=86400)
+    findable: bool = setting(True, help="commands find this node by its data directory")
 
 
 @dataclass(frozen=True, slots=True)

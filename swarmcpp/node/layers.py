@@ -102,7 +102,7 @@ async def run(
     swarm.pipelines.room = lambda missing: memory_text(shape, swarm.told(), missing)
     node = Node(config, info, runner, swarm)
     node.planned = planned
-    server = await start_api(config, node)
+    server = await start_api(config, node, swarm)
     mover: asyncio.Task[None] | None = None
 
     async def acquire(first: int, last: int) -> None:

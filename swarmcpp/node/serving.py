@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from swarmcpp.supervisor.process import EngineStatus
 from swarmcpp.supervisor.replica import LocalReplica
 from swarmcpp.supervisor.whole import EngineSupervisor
 from swarmcpp.swarm.identity import JoinToken
+from swarmcpp.whereabouts import Entry, Whereabouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ async def run(
         await supervisor.wait_ready()
         await node.read_text(Path(prepared.options.model_path), prepared.model.chat_template)
 
-    server = await start_api(config, node)
+    server = await start_api(config, node, swarm)
     stop = stop or asyncio.Event()
     try:
         if not await until_stopped(asyncio.create_task(start()), stop):
@@ -122,8 +125,8 @@ async def _offer(swarm: Swarm, node: Node, replica: LocalReplica, prepared: Prep
     node.planned = PlannedModel(prepared.info.id, prepared.model, manifest.fingerprint, replica.ctx_size, replica.slots)
 
 
-async def start_api(config: Config, node: Node) -> RunningServer:
-    """The API of `node`. Raises PortInUse."""
+async def start_api(config: Config, node: Node, swarm: Swarm | None) -> RunningServer:
+    """The API of `node`, which commands find by the data directory until it is closed. Raises PortInUse."""
     server = config.server
     options = ServerOptions(
         api_key=server.api_key,
@@ -133,4 +136,21 @@ async def start_api(config: Config, node: Node) -> RunningServer:
     )
     app = build_app(node, options)
     add_routes(app, node)
-    return await start_server(app, server.host, server.port)
+    entry = Entry(config.storage.data_dir)
+
+    async def forget(_app: object) -> None:
+        await asyncio.to_thread(entry.close)
+
+    app.on_shutdown.append(forget)
+    running = await start_server(app, server.host, server.port)
+    if server.findable:
+        await asyncio.to_thread(entry.write, _whereabouts(running.url, swarm))
+    return running
+
+
+def _whereabouts(url: str, swarm: Swarm | None) -> Whereabouts:
+    pid, now = os.getpid(), time.time()
+    if swarm is None:
+        return Whereabouts(url, pid, now)
+    addresses = tuple(str(each) for each in swarm.token.addresses)
+    return Whereabouts(url, pid, now, swarm.key.swarm_id, addresses, swarm.public_key)
