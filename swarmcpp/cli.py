@@ -18,7 +18,7 @@ from swarmcpp.errors import StartupError, SwarmError
 from swarmcpp.settings import describe
 
 if TYPE_CHECKING:
-    from swarmcpp.commands.status import Server
+    from swarmcpp.commands.server import Server
 
 Flag = str | bool | None
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -80,7 +80,10 @@ Verbose = Annotated[
     int, typer.Option("--verbose", "-v", count=True, help="Say what happens; -vv: everything.", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Url = Annotated[str | None, typer.Option("--url", help="Server to talk to.", show_default="http://127.0.0.1:8080")]
+Url = Annotated[
+    str | None,
+    typer.Option("--url", help="Server to talk to.", show_default="the node of --data-dir, or http://127.0.0.1:8080"),
+]
 
 
 def _load(file: Path | None, verbosity: int = 0, /, **flags: Flag) -> LoadedConfig:
@@ -157,15 +160,17 @@ def chat(
 ) -> None:
     """Talk to a running server.
 
-    Without --url, and when no server runs on this machine, one is started with the small model that comes with
-    swarmcpp, for as long as the conversation lasts. Input that is not a terminal is read as one message per line.
+    Without --url, and when no node runs with the data directory or at the usual address, one is started with the small
+    model that comes with swarmcpp, for as long as the conversation lasts. Input that is not a terminal is read as one
+    message per line.
     """
     from swarmcpp.commands import chat as command
 
     loaded = _load(config, **flags)
+    server = _server(loaded, url)
     options = command.ChatOptions(
-        url=url or command.local_url(loaded.config.server),
-        api_key=command.key_to_send(loaded, url),
+        url=server.url,
+        api_key=server.api_key,
         model=model,
         system=system,
         temperature=temperature,
@@ -177,14 +182,13 @@ def chat(
 
 
 def _server(loaded: LoadedConfig, url: str | None) -> Server:
-    from swarmcpp.commands.chat import key_to_send, local_url
-    from swarmcpp.commands.status import Server
+    from swarmcpp.commands.server import find_server
 
-    return Server(url or local_url(loaded.config.server), key_to_send(loaded, url))
+    return find_server(loaded, url)
 
 
 @app.command()
-@_with_settings("api_key")
+@_with_settings("api_key", "data_dir")
 def status(
     url: Url = None,
     once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
@@ -200,7 +204,7 @@ def status(
 
 
 @app.command()
-@_with_settings("api_key")
+@_with_settings("api_key", "data_dir")
 def plan(
     url: Url = None,
     added: Annotated[

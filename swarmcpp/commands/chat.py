@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 from swarmcpp.commands import terminal
 from swarmcpp.commands.chat_client import CONNECT_TIMEOUT_S, ChatClient, base_url
 from swarmcpp.commands.own_server import own_server
-from swarmcpp.config import LoadedConfig, ServerConfig
 from swarmcpp.core import Clock
 from swarmcpp.errors import SwarmError, WireError
 from swarmcpp.models import embedded
@@ -249,16 +248,3 @@ def _listens(url: str) -> bool:
         return False
     except OSError:
         return True
-
-
-def local_url(server: ServerConfig) -> str:
-    """Where a server with this configuration is reached from the same machine."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host).strip("[]")
-    return f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
-
-
-def key_to_send(loaded: LoadedConfig, url: str | None) -> str | None:
-    """The API key for a request. A key from a file is for this machine's server and goes to no other `url`."""
-    if url is not None and loaded.sources["server.api_key"].startswith("file "):
-        return None
-    return loaded.config.server.api_key

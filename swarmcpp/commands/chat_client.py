@@ -90,7 +90,7 @@ class ChatClient:
         except (aiohttp.ClientError, OSError) as error:
             raise StartupError(
                 f"no server at {self.url} ({_reason(error)}); start one with `swarmcpp serve MODEL`,"
-                " or say where it is with --url"
+                " or say where it is with --url or --data-dir"
             ) from error
         if response.status == 200:
             return response

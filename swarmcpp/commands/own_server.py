@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
 import socket
 import subprocess
 import sys
@@ -33,6 +34,8 @@ def own_server(data_dir: Path, console: Console) -> Iterator[str]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=said,
+            # It ends with this conversation: another one, or any other command, must not come to depend on it.
+            env=os.environ | {"SWARMCPP_SERVER_FINDABLE": "false"},
             # Ctrl-C stops an answer; the server ends with the conversation.
             start_new_session=sys.platform != "win32",
         )

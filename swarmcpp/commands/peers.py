@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.table import Table
 
 from swarmcpp.commands import terminal
-from swarmcpp.commands.status import Server, ask
+from swarmcpp.commands.server import Server
+from swarmcpp.commands.status import ask
 from swarmcpp.errors import StartupError
 from swarmcpp.status import NodeRow
 from swarmcpp.swarm.store import SwarmStore

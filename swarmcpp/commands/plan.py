@@ -8,7 +8,8 @@ from typing import Final
 from urllib.parse import urlencode
 
 from swarmcpp.commands import terminal
-from swarmcpp.commands.status import Server, StatusClient
+from swarmcpp.commands.server import Server
+from swarmcpp.commands.status import StatusClient
 from swarmcpp.status import MAX_SENTENCE, SwarmPlan, plan_from_json, to_json
 from swarmcpp.tui import clean
 

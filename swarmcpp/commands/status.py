@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -15,6 +14,7 @@ from rich.text import Text
 from swarmcpp import tui
 from swarmcpp.commands import terminal
 from swarmcpp.commands.chat_client import ChatClient
+from swarmcpp.commands.server import Server
 from swarmcpp.errors import SwarmError, UnknownRoute, WireError
 from swarmcpp.status import SwarmStatus, from_json, to_json
 
@@ -22,14 +22,6 @@ REFRESH_S = 1.0
 ANSWER_TIMEOUT_S = 5.0
 MAX_ANSWER_BYTES = 8 << 20
 """1,024 nodes take 1 MB."""
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """Which node to ask, and with what key."""
-
-    url: str
-    api_key: str | None
 
 
 class StatusClient(ChatClient):

@@ -33,6 +33,11 @@ def stderr() -> Console:
     return Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
+def note(text: str) -> None:
+    """A line on standard error beside the result."""
+    stderr().print(text, style="dim", soft_wrap=True)
+
+
 def one_line(error: BaseException) -> str:
     """The error's message on a single line."""
     return printable(" ".join(str(error).split()))

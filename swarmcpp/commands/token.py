@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from swarmcpp.commands import terminal
-from swarmcpp.commands.status import Server, ask
+from swarmcpp.commands.server import Server
+from swarmcpp.commands.status import ask
 from swarmcpp.errors import StartupError, SwarmError
 from swarmcpp.peers import Address
 from swarmcpp.status import NodeRow
@@ -51,13 +52,20 @@ def _addresses(server: Server, state: SwarmState) -> tuple[Address, ...]:
     try:
         status = ask(server)
     except SwarmError as error:
-        _note(f"{terminal.one_line(error)}; the token has the addresses that are remembered")
-        return state.peers
+        terminal.note(f"{terminal.one_line(error)}; the token has the addresses that are remembered")
+        return (*_written(server, state), *state.peers)
     if status.swarm != state.key.swarm_id:
-        _note(f"the node at {server.url} is not in swarm {state.key.swarm_id}: start it again to change that")
+        terminal.note(f"the node at {server.url} is not in swarm {state.key.swarm_id}: start it again to change that")
         return state.peers
     nodes = sorted(status.nodes, key=lambda node: (not node.is_self, node.status != "alive"))
     return tuple(_spread([list(_valid(node)) for node in nodes]))
+
+
+def _written(server: Server, state: SwarmState) -> Iterator[Address]:
+    """What the node itself wrote down: with an API key of its own it may not tell."""
+    wrote = server.wrote
+    if wrote and wrote.swarm == state.key.swarm_id:
+        yield from _valid(NodeRow(addresses=wrote.addresses, key=wrote.key))
 
 
 def _valid(node: NodeRow) -> Iterator[Address]:
@@ -76,10 +84,6 @@ def _spread(nodes: list[list[Address]]) -> Iterable[Address]:
 
 def _print(key: SwarmKey, addresses: tuple[Address, ...]) -> None:
     if not addresses:
-        _note("no addresses are known: the token works where machines find one another by mDNS")
+        terminal.note("no addresses are known: the token works where machines find one another by mDNS")
     token = JoinToken(key, addresses[:MAX_TOKEN_ADDRESSES])
     terminal.stdout().print(f"swarmcpp join {token}", soft_wrap=True)
-
-
-def _note(text: str) -> None:
-    terminal.stderr().print(text, style="dim", soft_wrap=True)

@@ -15,8 +15,9 @@ from fake_openai import PIECES, FakeOpenAI
 from typer.testing import CliRunner
 
 from swarmcpp.cli import app
-from swarmcpp.commands.chat import Answer, key_to_send, local_url
+from swarmcpp.commands.chat import Answer
 from swarmcpp.commands.chat_client import base_url
+from swarmcpp.commands.server import key_to_send, local_url
 from swarmcpp.config import ServerConfig, load_config
 from swarmcpp.errors import BadConfig, StartupError, Unauthorized
 from swarmcpp.testing import FakeClock

@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 
 from swarmcpp.cli import app
 from swarmcpp.commands import status as command
-from swarmcpp.commands.status import Server, StatusClient, watch
+from swarmcpp.commands.server import Server
+from swarmcpp.commands.status import StatusClient, watch
 from swarmcpp.errors import StartupError, Unauthorized, WireError
 from swarmcpp.peers import Address
 from swarmcpp.status import EventRow, SwarmStatus, from_json

@@ -12,6 +12,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from cli_process import DEADLINE_S, PROGRAM, swarmcpp
+from entries import killed
 from pipeline_process import pipeline
 from serve_client import complete
 from serve_process import Home, serving
@@ -75,8 +76,9 @@ def free_port() -> int:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_chat_without_a_server(data_dir: Path) -> None:
-    """It starts one, which ends with the conversation."""
+    """It starts one, which ends with the conversation, also where a node was killed."""
     home = Home()
+    killed(data_dir, "http://127.0.0.1:1")
     env = home.environment({"SWARMCPP_PORT": str(free_port())})
     try:
         done = subprocess.run(
@@ -91,7 +93,7 @@ def test_chat_without_a_server(data_dir: Path) -> None:
         )
         assert (done.returncode, done.stdout.count("\n")) == (0, 2), done.stderr
         assert done.stdout.splitlines()[1] == "4 plus 5 is 9."
-        assert ABOUT in done.stderr
+        assert "ran at http://127.0.0.1:1 is gone" in done.stderr and ABOUT in done.stderr
         home.assert_clean()
     finally:
         home.remove()
