@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from swarmcpp.whereabouts import Entry, Whereabouts
+from swarmcpp.node.whereabouts import Entry, Whereabouts
 
 _DIE = """
 import os, sys
 from pathlib import Path
-from swarmcpp.whereabouts import Entry, Whereabouts
+from swarmcpp.node.whereabouts import Entry, Whereabouts
 Entry(Path(sys.argv[1])).write(Whereabouts(sys.argv[2], int(sys.argv[3]), float(sys.argv[4])))
 os.kill(os.getpid(), int(sys.argv[5]))
 """

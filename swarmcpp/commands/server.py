@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from swarmcpp.commands import terminal
 from swarmcpp.config import LoadedConfig, ServerConfig
-from swarmcpp.whereabouts import Whereabouts, find_nodes
+from swarmcpp.node.whereabouts import Whereabouts, find_nodes
 
 _STRENGTH = ("default", "file", "env", "flag")
 """First words of sources of settings; the later one wins."""

@@ -22,12 +22,12 @@ from swarmcpp.node.member import Swarm
 from swarmcpp.node.node import Node
 from swarmcpp.node.placing import PlannedModel
 from swarmcpp.node.preparing import Prepared, open_cache, prepare, whole_offer
+from swarmcpp.node.whereabouts import Entry, Whereabouts
 from swarmcpp.sharing.offers import Served
 from swarmcpp.supervisor.process import EngineStatus
 from swarmcpp.supervisor.replica import LocalReplica
 from swarmcpp.supervisor.whole import EngineSupervisor
 from swarmcpp.swarm.identity import JoinToken
-from swarmcpp.whereabouts import Entry, Whereabouts
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from swarm_process import HOST, Seat, SwarmNode, free_port, ready
 from swarmcpp.commands.own_server import own_server
 from swarmcpp.commands.terminal import stderr
 from swarmcpp.models.embedded import embedded_file
+from swarmcpp.node.whereabouts import find_nodes
 from swarmcpp.swarm.identity import JoinToken
-from swarmcpp.whereabouts import find_nodes
 
 pytestmark = pytest.mark.e2e
 

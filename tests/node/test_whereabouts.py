@@ -13,7 +13,7 @@ import pytest
 from entries import killed, running
 
 from swarmcpp.files import try_lock
-from swarmcpp.whereabouts import Entry, Whereabouts, find_nodes
+from swarmcpp.node.whereabouts import Entry, Whereabouts, find_nodes
 
 URL = "http://127.0.0.1:8081"
 
