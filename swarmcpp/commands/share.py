@@ -12,7 +12,6 @@ from swarmcpp.commands.terminal import LoadingView, ask_text, join_text
 from swarmcpp.config import Config
 from swarmcpp.errors import NotEnoughMemory
 from swarmcpp.footprint import settle
-from swarmcpp.hardware import read_hardware
 from swarmcpp.models.inspect import ModelFile, inspect
 from swarmcpp.models.manifest import Manifest, manifest_of
 from swarmcpp.models.slicestore import SliceFiles, SliceStore
@@ -46,7 +45,7 @@ def choose_layers(config: Config, swarm: Swarm, model: SharedModel) -> Range:
     """
     wanted = config.engine.layer_range
     if wanted is not None:
-        check_range(model, wanted, usable_memory(config, read_hardware()))
+        check_range(model, wanted, usable_memory(config))
         return wanted
     check_sliceable(model.file, 0, model.file.n_layers)
     shape = shape_of(model.file, model.manifest.fingerprint, model.ctx_size, model.slots)

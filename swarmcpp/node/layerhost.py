@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from swarmcpp.config import Config
 from swarmcpp.core import GenerateRequest, KvLayout, Limits, SamplingParams
 from swarmcpp.engine.scheduler import TILE_ROWS
 from swarmcpp.errors import BadConfig, NotEnoughMemory
-from swarmcpp.hardware import Hardware, read_hardware
 from swarmcpp.kv.cache import PrefixCache
-from swarmcpp.kv.keys import KvIdentity
-from swarmcpp.llama.backend import GGML_TYPE_F16
-from swarmcpp.llama.probe import probe
 from swarmcpp.models.capacity import gigabytes, stage_memory
 from swarmcpp.models.inspect import ModelFile
 from swarmcpp.models.manifest import Manifest
 from swarmcpp.models.slicestore import SliceFiles
 from swarmcpp.models.slicing import check_sliceable
+from swarmcpp.node import preparing
 from swarmcpp.node.member import Swarm
-from swarmcpp.node.preparing import open_arena
 from swarmcpp.pipeline.calls import StageBounds
 from swarmcpp.pipeline.chains import OwnStage
 from swarmcpp.pipeline.contract import StageRef
 from swarmcpp.route.passes import PassTimes
 from swarmcpp.supervisor.process import EngineStatus
 from swarmcpp.supervisor.stage import StageSupervisor
-from swarmcpp.wire.engine import EngineOptions
 from swarmcpp.wire.peers import SEQUENCE_BYTES, PassPart
-
-logger = logging.getLogger(__name__)
 
 MEASURED_STREAMS: Final = 64
 """Most sequences that decode side by side when a new stage is measured."""
@@ -114,13 +105,16 @@ class LayerHost:
     async def acquire(self, first: int, last: int) -> SliceFiles:
         """Load [first, last), and run it for the swarm. Raises StartupError, EngineFailed; then nothing of it stays."""
         files = await self._obtain(first, last)
-        options, hardware = await asyncio.to_thread(self._options, files.slice)
         model = self._model
+        options = await asyncio.to_thread(
+            preparing.engine_options, self._config, files.slice, model.ctx_size, model.slots, stage=True
+        )
         ref = StageRef(self._swarm.node_id, model.manifest.fingerprint, first, last, model.file.n_layers)
         times = PassTimes(time.monotonic)
 
         def open_cache(layout: KvLayout) -> PrefixCache | None:
-            return open_stage_cache(self._config, model, (first, last), layout, hardware)
+            label = f"{model.id} {first}-{last}"
+            return preparing.open_cache(self._config, model.manifest.fingerprint, layout, label, (first, last))
 
         def stored(keys: Sequence[bytes]) -> None:
             self._swarm.copies.stored(stage, keys)
@@ -160,26 +154,6 @@ class LayerHost:
         for first, last in list(self.stages):
             await self.release(first, last)
 
-    def _options(self, path: Path) -> tuple[EngineOptions, Hardware]:
-        config, hardware = self._config, read_hardware()
-        inference = config.inference
-        kernels = probe(config.storage.data_dir).chosen
-        options = EngineOptions(
-            model_path=str(path.resolve()),
-            ctx_size=self._model.ctx_size,
-            slots=self._model.slots,
-            threads=config.engine.threads or hardware.physical_cores,
-            use_extra_bufts=kernels.use_extra_bufts,
-            q8_kernel=kernels.q8_kernel,
-            prefill_chunk_tokens=inference.prefill_chunk_tokens,
-            prefill_budget_s=inference.prefill_budget_ms / 1000,
-            prefix_block_tokens=inference.prefix_cache_block_tokens if inference.prefix_cache_enabled else 0,
-            diag=logger.isEnabledFor(logging.DEBUG),
-            stage=True,
-            poll_s=inference.stage_poll_ms / 1000,
-        )
-        return options, hardware
-
 
 async def measure(stage: StageSupervisor, n_embd: int) -> None:
     """Let a stage that nobody uses yet compute some passes: heads choose it, and cut their streams into micro-batches,
@@ -209,18 +183,3 @@ async def measure(stage: StageSupervisor, n_embd: int) -> None:
     await stage.run((tile,), "f32", bytes(4 * n_embd * TILE_ROWS), "f32")
     for name in names:
         await stage.close_sequence(name)
-
-
-def kv_identity(config: Config, fingerprint: bytes) -> KvIdentity:
-    """What the keys of a model's blocks depend on; the same at the head and on all stages."""
-    block_tokens = config.inference.prefix_cache_block_tokens
-    return KvIdentity(fingerprint, block_tokens, (GGML_TYPE_F16, GGML_TYPE_F16))
-
-
-def open_stage_cache(
-    config: Config, model: SharedModel, layers: Range, layout: KvLayout, hardware: Hardware
-) -> PrefixCache | None:
-    """The blocks of one range of layers; None, with a line in the log, when there can be none. Blocking."""
-    identity = kv_identity(config, model.manifest.fingerprint)
-    label = f"{model.id} {layers[0]}-{layers[1]}"
-    return open_arena(config, identity, identity.arena_root(*layers), layout, hardware, label)

@@ -12,12 +12,12 @@ from swarmcpp.config import Config
 from swarmcpp.core import ModelInfo
 from swarmcpp.kv.keys import block_keys
 from swarmcpp.llama.stage import EmbeddingTable
-from swarmcpp.node.layerhost import LayerHost, Obtain, Range, SharedModel, kv_identity
+from swarmcpp.node.layerhost import LayerHost, Obtain, Range, SharedModel
 from swarmcpp.node.member import Swarm
 from swarmcpp.node.moving import keep_placed
 from swarmcpp.node.node import Node
 from swarmcpp.node.placing import PlannedModel, memory_text
-from swarmcpp.node.preparing import whole_offer
+from swarmcpp.node.preparing import kv_identity, model_info, whole_offer
 from swarmcpp.node.serving import start_api, until_stopped
 from swarmcpp.peers import ModelOffer
 from swarmcpp.pipeline.conductor import Conductor
@@ -96,7 +96,7 @@ async def run(
     host = LayerHost(config, model, swarm, obtain, on_progress)
     fingerprint, n_layers = model.manifest.fingerprint, model.file.n_layers
     runner = StageRunner(lambda: host.status, lambda: swarm.pipelines.missing(fingerprint, n_layers), swarm.chain_text)
-    info = _info(model)
+    info = model_info(model.id, model.file, model.manifest.size)
     planned = PlannedModel(model.id, model.file, fingerprint, model.ctx_size, model.slots)
     shape = await asyncio.to_thread(planned.shape)
     swarm.pipelines.room = lambda missing: memory_text(shape, swarm.told(), missing)
@@ -132,22 +132,6 @@ async def run(
         await host.close()
         node.close()
         await server.close()
-
-
-def _info(model: SharedModel) -> ModelInfo:
-    file = model.file
-    return ModelInfo(
-        id=model.id,
-        path=str(file.path),
-        architecture=file.architecture,
-        description=f"{file.name} {file.ftype}",
-        n_params=file.n_params,
-        size_bytes=model.manifest.size,
-        n_vocab=file.n_vocab,
-        n_ctx_train=file.n_ctx_train,
-        n_layers=file.n_layers,
-        created=int(file.path.stat().st_mtime),
-    )
 
 
 def _offer(config: Config, model: SharedModel, info: ModelInfo) -> ModelOffer:

@@ -1,4 +1,4 @@
-"""What is decided before an engine starts: the model, this machine, its kernels, memory, and where blocks are kept."""
+"""What follows from the settings before an engine starts: how it runs, what is told of its model, and its blocks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from swarmcpp.config import Config
 from swarmcpp.core import KvLayout, ModelInfo
 from swarmcpp.errors import BadModel, NotEnoughMemory
-from swarmcpp.hardware import Hardware, disk_free, read_hardware
+from swarmcpp.hardware import disk_free, read_hardware
 from swarmcpp.kv.arena import Arena
 from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.kv.keys import KvIdentity
-from swarmcpp.llama.probe import ProbeReport, probe
+from swarmcpp.llama.backend import GGML_TYPE_F16
+from swarmcpp.llama.probe import probe
 from swarmcpp.models.capacity import choose_capacity
 from swarmcpp.models.inspect import ModelFile, inspect
-from swarmcpp.models.manifest import manifest_of
 from swarmcpp.peers import ModelOffer
 from swarmcpp.wire.engine import EngineOptions
 
@@ -33,25 +33,23 @@ MEMORY_SHARE = 4
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Everything that is decided before the engine starts."""
+    """Everything that is decided before the engine of a whole model starts."""
 
     model: ModelFile
     info: ModelInfo
     options: EngineOptions
-    hardware: Hardware
-    probe: ProbeReport
 
 
-def usable_memory(config: Config, hardware: Hardware) -> int:
+def usable_memory(config: Config) -> int:
     """Bytes that a model and its contexts may take here: what is free, within --memory."""
-    limit = config.engine.memory_bytes
-    return hardware.memory_available if limit is None else min(limit, hardware.memory_available)
+    limit, free = config.engine.memory_bytes, read_hardware().memory_available
+    return free if limit is None else min(limit, free)
 
 
 def fits_whole(config: Config, file: ModelFile) -> bool:
     """Whether this machine can hold all of a model. Blocking."""
     try:
-        choose_capacity(file, usable_memory(config, read_hardware()), config.engine.ctx_size, config.engine.slots)
+        choose_capacity(file, usable_memory(config), config.engine.ctx_size, config.engine.slots)
     except NotEnoughMemory:
         return False
     return True
@@ -62,59 +60,65 @@ def prepare(config: Config, path: Path, name: str | None = None) -> Prepared:
     model = inspect(path)
     if not model.has_tokenizer:
         raise BadModel(f"{path}: has no tokenizer, so it cannot read text; get a GGUF of the whole model")
-    hardware = read_hardware()
-    ctx_size, slots = choose_capacity(
-        model, usable_memory(config, hardware), config.engine.ctx_size, config.engine.slots
-    )
-    report = probe(config.storage.data_dir)
-    inference = config.inference
-    options = EngineOptions(
+    ctx_size, slots = choose_capacity(model, usable_memory(config), config.engine.ctx_size, config.engine.slots)
+    options = engine_options(config, path, ctx_size, slots)
+    return Prepared(model, model_info(name or path.stem, model, model.size_bytes), options)
+
+
+def engine_options(config: Config, path: Path, ctx_size: int, slots: int, *, stage: bool = False) -> EngineOptions:
+    """How an engine runs the model at `path`, or as a `stage` the slice. Blocking: kernels are tried the first time."""
+    inference, kernels = config.inference, probe(config.storage.data_dir).chosen
+    return EngineOptions(
         model_path=str(path.resolve()),
         ctx_size=ctx_size,
         slots=slots,
-        threads=config.engine.threads or hardware.physical_cores,
-        use_extra_bufts=report.chosen.use_extra_bufts,
-        q8_kernel=report.chosen.q8_kernel,
+        threads=config.engine.threads or read_hardware().physical_cores,
+        use_extra_bufts=kernels.use_extra_bufts,
+        q8_kernel=kernels.q8_kernel,
         prefill_chunk_tokens=inference.prefill_chunk_tokens,
         prefill_budget_s=inference.prefill_budget_ms / 1000,
         continuous_batching=inference.continuous_batching,
         batched_prefill_forward=inference.batched_prefill_forward,
         prefix_block_tokens=inference.prefix_cache_block_tokens if inference.prefix_cache_enabled else 0,
         diag=logger.isEnabledFor(logging.DEBUG),
+        stage=stage,
+        poll_s=inference.stage_poll_ms / 1000 if stage else 0.0,
     )
-    info = ModelInfo(
-        id=name or path.stem,
-        path=str(path),
-        architecture=model.architecture,
-        description=f"{model.name} {model.ftype}",
-        n_params=model.n_params,
-        size_bytes=model.size_bytes,
-        n_vocab=model.n_vocab,
-        n_ctx_train=model.n_ctx_train,
-        n_layers=model.n_layers,
-        created=int(path.stat().st_mtime),
+
+
+def model_info(name: str, file: ModelFile, size_bytes: int) -> ModelInfo:
+    """What is shown of a model; `size_bytes` is the whole one's, of which `file` may be the header only."""
+    return ModelInfo(
+        id=name,
+        path=str(file.path),
+        architecture=file.architecture,
+        description=f"{file.name} {file.ftype}",
+        n_params=file.n_params,
+        size_bytes=size_bytes,
+        n_vocab=file.n_vocab,
+        n_ctx_train=file.n_ctx_train,
+        n_layers=file.n_layers,
+        created=int(file.path.stat().st_mtime),
     )
-    return Prepared(model, info, options, hardware, report)
 
 
-def open_cache(config: Config, prepared: Prepared, layout: KvLayout) -> PrefixCache | None:
-    """The node's blocks for a context of this shape; None, with a line in the log, when there can be none. Blocking."""
-    identity = KvIdentity(
-        fingerprint=manifest_of(prepared.model.files, config.storage.data_dir).fingerprint,
-        block_tokens=config.inference.prefix_cache_block_tokens,
-        kv_types=(layout.k_type, layout.v_type),
-    )
-    return open_arena(config, identity, identity.root(), layout, prepared.hardware, prepared.info.path)
+def kv_identity(config: Config, fingerprint: bytes) -> KvIdentity:
+    """What the keys of a model's blocks depend on; the same at the head and on all stages."""
+    block_tokens = config.inference.prefix_cache_block_tokens
+    return KvIdentity(fingerprint, block_tokens, (GGML_TYPE_F16, GGML_TYPE_F16))
 
 
-def open_arena(
-    config: Config, identity: KvIdentity, root: bytes, layout: KvLayout, hardware: Hardware, label: str
+def open_cache(
+    config: Config, fingerprint: bytes, layout: KvLayout, label: str, layers: tuple[int, int] | None = None
 ) -> PrefixCache | None:
-    """Blocks of `identity` in the arena of `root`; None, with a line in the log, when there can be none. Blocking."""
+    """This node's blocks of a model, or of its `layers`, for contexts of this shape; None, with a line in the log, when
+    there can be none. Blocking."""
+    identity = kv_identity(config, fingerprint)
+    root = identity.arena_root(*layers) if layers else identity.root()
     directory = config.storage.data_dir / "arena"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        default = min(disk_free(directory) // DISK_SHARE, hardware.memory_total // MEMORY_SHARE)
+        default = min(disk_free(directory) // DISK_SHARE, read_hardware().memory_total // MEMORY_SHARE)
         size = config.storage.cache_bytes
         arena = Arena.open(directory, root, layout.token_bytes * identity.block_tokens, size, default, label)
     except OSError as error:

@@ -62,7 +62,8 @@ async def run(
     loop = asyncio.get_running_loop()
 
     def open_for(layout: KvLayout) -> PrefixCache | None:
-        cache = open_cache(config, prepared, layout)
+        manifest = manifest_of(prepared.model.files, config.storage.data_dir)
+        cache = open_cache(config, manifest.fingerprint, layout, prepared.info.path)
         if swarm and cache:
             loop.call_soon_threadsafe(swarm.blocks.use, cache, layout.token_bytes)
         return cache
