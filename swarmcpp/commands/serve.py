@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
 from pathlib import Path
 from types import FrameType
 
@@ -24,6 +24,8 @@ from swarmcpp.models.download import resolve_model
 from swarmcpp.models.inspect import inspect
 from swarmcpp.node import preparing, serving
 from swarmcpp.node.member import Swarm
+from swarmcpp.node.whole import WholeModel
+from swarmcpp.swarm.identity import JoinToken
 from swarmcpp.swarm.store import SwarmStore
 
 logger = logging.getLogger(__name__)
@@ -90,17 +92,16 @@ async def serve(
     config: Config, path: Path, name: str | None, console: Console, *, swarm: Swarm | None, stop: asyncio.Event
 ) -> None:
     """Serve `path`, as a node of `swarm` if there is one, until `stop`, telling the terminal how it goes."""
-    view = LoadingView(console, name or path.name)
+    with closing(LoadingView(console, name or path.name)) as view:
+        prepared = await asyncio.to_thread(preparing.prepare, config, path, name)
+        model = WholeModel(config, prepared, swarm, view.update)
 
-    def ready(told: serving.Serving) -> None:
-        view.close()
-        terminal.stdout().print(ready_text(told, with_key=config.server.api_key is not None), soft_wrap=True)
-        settle()
+        def ready(url: str) -> None:
+            token = swarm.token if swarm else None
+            view.ready(ready_text(model, url, token, with_key=config.server.api_key is not None))
+            settle()
 
-    try:
-        await serving.run(config, path, name=name, swarm=swarm, on_progress=view.update, on_ready=ready, stop=stop)
-    finally:
-        view.close()
+        await serving.run(config, [model], swarm=swarm, on_ready=ready, stop=stop)
 
 
 def stop_on_signals() -> asyncio.Event:
@@ -125,15 +126,14 @@ def _on_signals(stop: Callable[[], None]) -> None:
         signal.signal(number, first)
 
 
-def ready_text(told: serving.Serving, *, with_key: bool) -> str:
+def ready_text(model: WholeModel, url: str, token: JoinToken | None, *, with_key: bool) -> str:
     """What a node says when it can be asked: where, what, how much, and a command to try it."""
-    info, status = told.prepared.info, told.status
+    status, threads = model.supervisor.status, model.prepared.options.threads
     slots = f"{status.slots} slot{'' if status.slots == 1 else 's'} of {status.ctx_size} tokens"
     memory = terminal.size_text(status.resident_bytes)
-    threads = told.prepared.options.threads
-    cache = f"{terminal.size_text(told.cache_bytes)} of cache on disk" if told.cache_bytes else "no cache on disk"
+    cache = f"{terminal.size_text(model.cache_bytes)} of cache on disk" if model.cache_bytes else "no cache on disk"
     return (
-        f"ready: {info.id} at {told.url}/v1\n"
+        f"ready: {model.info.id} at {url}/v1\n"
         f"  {slots}, {memory} of memory, {threads} thread{'' if threads == 1 else 's'}, {cache}\n"
-        f"{ask_text(told.url, info.id, with_key=with_key)}{join_text(told.token)}"
+        f"{ask_text(url, model.info.id, with_key=with_key)}{join_text(token)}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
@@ -16,14 +17,17 @@ from swarmcpp.models.inspect import ModelFile, inspect
 from swarmcpp.models.manifest import Manifest, manifest_of
 from swarmcpp.models.slicestore import SliceFiles, SliceStore
 from swarmcpp.models.slicing import check_sliceable
-from swarmcpp.node import layers
+from swarmcpp.node import serving
 from swarmcpp.node.layerhost import SHARED_CTX, SHARED_SLOTS, Obtain, Range, SharedModel, check_range, check_switches
+from swarmcpp.node.layers import ModelLayers
 from swarmcpp.node.member import Swarm
 from swarmcpp.node.moving import movable, slowest_range
-from swarmcpp.node.placing import machines_of, shape_of
+from swarmcpp.node.placing import machines_of
 from swarmcpp.node.preparing import usable_memory
+from swarmcpp.route.costs import ModelShape
 from swarmcpp.route.placement import place
 from swarmcpp.route.placement_words import explain
+from swarmcpp.swarm.identity import JoinToken
 
 
 def shared_model(config: Config, swarm: Swarm, manifest: Manifest, file: ModelFile, name: str) -> SharedModel:
@@ -38,7 +42,7 @@ def shared_model(config: Config, swarm: Swarm, manifest: Manifest, file: ModelFi
     return SharedModel(stage.model if stage else name, manifest, file, ctx_size, slots)
 
 
-def choose_layers(config: Config, swarm: Swarm, model: SharedModel) -> Range:
+def choose_layers(config: Config, swarm: Swarm, model: SharedModel, shape: ModelShape) -> Range:
     """The layers that this node shall run: those that were asked for, or where it is of most use. Blocking.
 
     Raises BadConfig, BadModel, and NotEnoughMemory when it has no room or no use for any.
@@ -48,11 +52,10 @@ def choose_layers(config: Config, swarm: Swarm, model: SharedModel) -> Range:
         check_range(model, wanted, usable_memory(config))
         return wanted
     check_sliceable(model.file, 0, model.file.n_layers)
-    shape = shape_of(model.file, model.manifest.fingerprint, model.ctx_size, model.slots)
     machines = machines_of(swarm.capabilities(), shape.fingerprint)
     placement = place(shape, machines)
     found = placement.wanted(swarm.node_id)
-    covered = not swarm.pipelines.missing(shape.fingerprint, shape.n_layers)
+    covered = swarm.pipelines.covered(shape.fingerprint, shape.n_layers)
     if covered and (found is None or not movable(shape, placement, machines)):
         # Others cannot move for this one, or need not: it takes over where the chain is slowest.
         found = slowest_range(shape, machines, swarm.node_id) or found
@@ -85,35 +88,28 @@ async def run(
     config: Config, model: SharedModel, console: Console, *, swarm: Swarm, obtain: Obtain, stop: asyncio.Event
 ) -> None:
     """Run layers of `model` until `stop`, telling the terminal how it goes. Raises StartupError, SwarmError."""
-    chosen = await asyncio.to_thread(choose_layers, config, swarm, model)
-    view = LoadingView(console, f"layers {chosen[0]}-{chosen[1]} of {model.id}")
+    shape = await asyncio.to_thread(model.planned.shape)
+    layers = await asyncio.to_thread(choose_layers, config, swarm, model, shape)
+    with closing(LoadingView(console, f"layers {layers[0]}-{layers[1]} of {model.id}")) as view:
+        hosted = ModelLayers(config, model, shape, layers, swarm=swarm, obtain=obtain, on_progress=view.update)
 
-    def ready(serving: layers.SharedServing) -> None:
-        view.close()
-        text = ready_text(serving, with_key=config.server.api_key is not None)
-        terminal.stdout().print(text, soft_wrap=True)
-        settle()
+        def ready(url: str) -> None:
+            view.ready(ready_text(hosted, url, swarm.token, with_key=config.server.api_key is not None))
+            settle()
 
-    try:
-        await layers.run(
-            config, model, chosen, swarm=swarm, obtain=obtain, on_progress=view.update, on_ready=ready, stop=stop
-        )
-    finally:
-        view.close()
+        await serving.run(config, [hosted], swarm=swarm, on_ready=ready, stop=stop)
 
 
-def ready_text(serving: layers.SharedServing, *, with_key: bool) -> str:
+def ready_text(hosted: ModelLayers, url: str, token: JoinToken, *, with_key: bool) -> str:
     """What a node with layers says when they are loaded: which, what is missing, and how to ask or to go on."""
-    model, status = serving.model, serving.status
-    first, last = serving.layers
+    model, status = hosted.model, hosted.host.status
+    first, last = hosted.layers
     memory = terminal.size_text(status.resident_bytes)
-    head = "answers requests" if serving.is_head else "computes for the node with the first layer"
-    lines = [
-        f"ready: layers {first}-{last} of {model.file.n_layers} of {model.id} at {serving.url}/v1",
-        f"  {status.slots} slots of {status.ctx_size} tokens, {memory} of memory; {head}",
-    ]
-    if serving.missing:
-        lines.append(f"  cannot answer yet: {serving.missing}")
-    else:
-        lines.append(ask_text(serving.url, model.id, with_key=with_key))
-    return "\n".join(lines) + join_text(serving.token)
+    head = "answers requests" if hosted.conductor else "computes for the node with the first layer"
+    missing = hosted.missing()
+    return (
+        f"ready: layers {first}-{last} of {model.file.n_layers} of {model.id} at {url}/v1\n"
+        f"  {status.slots} slots of {status.ctx_size} tokens, {memory} of memory; {head}\n"
+        f"{f'  cannot answer yet: {missing}' if missing else ask_text(url, model.id, with_key=with_key)}"
+        f"{join_text(token)}"
+    )

@@ -94,6 +94,11 @@ class LoadingView:
             self._progress.stop()
             self._progress = None
 
+    def ready(self, text: str) -> None:
+        """All is loaded: say `text` in place of the bar."""
+        self.close()
+        stdout().print(text, soft_wrap=True)
+
 
 def ask_text(url: str, model: str, *, with_key: bool) -> str:
     """A command to try a node."""

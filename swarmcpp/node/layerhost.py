@@ -21,6 +21,7 @@ from swarmcpp.models.slicestore import SliceFiles
 from swarmcpp.models.slicing import check_sliceable
 from swarmcpp.node import preparing
 from swarmcpp.node.member import Swarm
+from swarmcpp.node.placing import PlannedModel
 from swarmcpp.pipeline.calls import StageBounds
 from swarmcpp.pipeline.chains import OwnStage
 from swarmcpp.pipeline.contract import StageRef
@@ -54,6 +55,11 @@ class SharedModel:
     """Inspected: the model's own file, or its header only."""
     ctx_size: int
     slots: int
+
+    @property
+    def planned(self) -> PlannedModel:
+        """As plans for it see it."""
+        return PlannedModel(self.id, self.file, self.manifest.fingerprint, self.ctx_size, self.slots)
 
 
 def check_switches(config: Config) -> None:

@@ -86,7 +86,13 @@ class Swarm:
         self.mesh = Mesh(key, identity, self, clock=clock)
         self.trust = TrustBook(store.trust_path, clock)
         self.models = SwarmModels(self.mesh, config.storage.data_dir)
-        self.stages = StageService(identity.node_id, self.mesh.caller, clock, alive=self.mesh.membership.is_alive)
+        self.stages = StageService(
+            identity.node_id,
+            self.mesh.caller,
+            clock,
+            alive=self.mesh.membership.is_alive,
+            on_offer=lambda ref, source, keys: self.copies.offered(ref, source, keys),
+        )
         compression = config.inference.activation_compression
         self.pipelines = Pipelines(identity.node_id, self.mesh, self.stages, compression=compression)
         self._own: Capability | None = None
@@ -101,7 +107,6 @@ class Swarm:
             replicate=config.inference.replicate_kv,
             clock=clock,
         )
-        self.stages.on_offer = self.copies.offered
         queue_size = config.server.queue_size
         self.requests = Requests(identity.node_id, queue_size, self.mesh, self.models, self.blocks, clock)
         self.mesh.announcer.capability(self.capability())
@@ -160,8 +165,8 @@ class Swarm:
         return self._identity.node_id
 
     def serve(self, served: Served) -> None:
-        """Offer what answers requests on this node."""
-        self.models.served = served
+        """Offer a model that this node answers for."""
+        self.models.serve(served)
         self.mesh.announcer.capability(self.capability())
 
     def give(self, manifest: Manifest, files: Sequence[Path]) -> None:
@@ -200,8 +205,9 @@ class Swarm:
 
     def capability(self) -> Capability:
         """See `PeerService`."""
-        served, cache = self.models.served, self.blocks.cache
-        load = served.runner.load(self.requests.tally.ttft_s) if served else Load()
+        served = self.models.served
+        states = [each.runner.status.state for each in served]
+        caches = [each.replica.supervisor.cache for each in served if each.replica]
         self._own = Capability(
             node=self._identity.node_id,
             boot=self._identity.boot,
@@ -209,18 +215,19 @@ class Swarm:
             addresses=self._addresses,
             pub_port=self.mesh.endpoint.pub_port,
             version=__version__,
-            state=served.runner.status.state if served else "starting",
+            # Requests for a model whose engine is just restarted wait for it here.
+            state="ready" if "ready" in states else next(iter(states), "starting"),
             cpu=self._hardware.cpu_model,
             cores=self._hardware.physical_cores,
             memory_total=self._hardware.memory_total,
             memory_free=self._hardware.memory_available,
-            models=(served.offer,) if served and served.runner.usable else (),
-            load=load,
+            models=tuple(each.offer for each in served if each.runner.usable),
+            load=_load([each.runner.load(self.requests.tally.ttft_s) for each in served]),
             hits=self.requests.tally.hits(),
-            blocks=cache.stats().blocks if cache else 0,
+            blocks=sum(cache.stats().blocks for cache in caches if cache),
             observed_latencies=self.mesh.links.observed(),
             stages=self._stages(),
-            memory_model=self._memory_model(served),
+            memory_model=self._memory_model(),
         )
         return self._own
 
@@ -232,9 +239,9 @@ class Swarm:
             self._told, self._told_at = offers, now
         return self._told
 
-    def _memory_model(self, served: Served | None) -> int:
-        own = served.replica.status.resident_bytes if served and served.replica else 0
-        resident = self.pipelines.resident_bytes + own
+    def _memory_model(self) -> int:
+        whole = (each.replica.status.resident_bytes for each in self.models.served if each.replica)
+        resident = self.pipelines.resident_bytes + sum(whole)
         limit = self._config.engine.memory_bytes
         free = self._hardware.memory_available + resident
         return free if limit is None else min(limit, free)
@@ -258,8 +265,8 @@ class Swarm:
 
     async def generate(self, message: Generate, respond: Responder) -> None:
         """See `PeerService`."""
-        served = self.models.served
-        if served is None or message.request.model not in served.names:
+        served = self.models.own(message.request.model)
+        if served is None:
             raise UnknownModel(f"model {message.request.model[:80]!r} is not served by this node", param="model")
 
         async def run(request: GenerateRequest) -> AsyncGenerator[TokenPart, None]:
@@ -274,13 +281,12 @@ class Swarm:
 
     async def fetch_blocks(self, message: FetchBlocks, respond: Responder) -> None:
         """See `PeerService`."""
-        server = self.blocks.server
-        reply, frames = await (server if server and message.root == self.blocks.root else self.copies).answer(message)
+        reply, frames = await (self.blocks.server(message.root) or self.copies).answer(message)
         respond.send(reply, frames)
 
     async def list_blocks(self, message: ListBlocks, respond: Responder) -> None:
         """See `PeerService`."""
-        sequence, server = self.mesh.announcer.sequence, self.blocks.server
+        sequence, server = self.mesh.announcer.sequence, self.blocks.server(message.root)
         respond.send(server.list_page(message, sequence) if server else BlockPage((), sequence, False))
 
     async def model_file(self, message: GetManifest | GetChunk, respond: Responder) -> None:
@@ -311,6 +317,16 @@ class Swarm:
             events=tuple(EventRow(now - at, text) for at, text in self.mesh.events),
             at=time.time(),
         )
+
+
+def _load(loads: Sequence[Load]) -> Load:
+    """Of a node's engines together: they share its cores. Rates cannot be added; those of the first one are told."""
+    return replace(
+        loads[0] if loads else Load(),
+        slots_busy=sum(each.slots_busy for each in loads),
+        waiting=sum(each.waiting for each in loads),
+        backlog=sum(each.backlog for each in loads),
+    )
 
 
 def _for_peer(route: str) -> str:

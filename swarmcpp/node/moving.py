@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from swarmcpp.errors import SwarmError
-from swarmcpp.node.layerhost import LayerHost, Range, SharedModel
+from swarmcpp.node.layerhost import LayerHost, Range
 from swarmcpp.node.member import Swarm
-from swarmcpp.node.placing import machines_of, shape_of
+from swarmcpp.node.placing import machines_of
 from swarmcpp.peers import NodeId
 from swarmcpp.route.autoshard import Acquire, AutoShard, Drain, HeldStage, Release, Resume
 from swarmcpp.route.costs import Machine, ModelShape, Placement, stage_bytes
@@ -22,9 +22,8 @@ Loader = Callable[[int, int], Awaitable[None]]
 """Loads a range of layers, and does what this node can do with them. Raises SwarmError."""
 
 
-async def keep_placed(host: LayerHost, load: Loader, model: SharedModel, swarm: Swarm) -> None:
+async def keep_placed(host: LayerHost, load: Loader, shape: ModelShape, swarm: Swarm) -> None:
     """Move this node's layers where the placement wants them, a step at a time, for ever."""
-    shape = await asyncio.to_thread(shape_of, model.file, model.manifest.fingerprint, model.ctx_size, model.slots)
     shard = AutoShard(swarm.node_id, shape.n_layers)
     while True:
         await asyncio.sleep(TICK_S)

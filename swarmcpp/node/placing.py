@@ -43,25 +43,20 @@ class PlannedModel:
 
     def shape(self) -> ModelShape:
         """As placement sees it. Blocking. Raises BadModel."""
-        return shape_of(self.file, self.fingerprint, self.ctx_size, self.slots)
-
-
-def shape_of(file: ModelFile, fingerprint: bytes, ctx_size: int, slots: int) -> ModelShape:
-    """A model for placement, with the same contexts on all stages. Raises BadModel."""
-    n_layers = file.n_layers
-    return ModelShape(
-        fingerprint=fingerprint,
-        n_layers=n_layers,
-        layer_bytes=layer_bytes(file),
-        embedding_bytes=embedding_bytes(file),
-        head_bytes=head_bytes(file),
-        kv_bytes_per_token_layer=-(-kv_bytes_per_token(file) // n_layers),
-        n_embd=file.n_embd,
-        ctx_size=ctx_size,
-        slots=slots,
-        # The tail's are the largest.
-        compute_buffer_bytes=stage_memory(file, n_layers - 1, n_layers, ctx_size, slots).compute,
-    )
+        file, n_layers = self.file, self.file.n_layers
+        return ModelShape(
+            fingerprint=self.fingerprint,
+            n_layers=n_layers,
+            layer_bytes=layer_bytes(file),
+            embedding_bytes=embedding_bytes(file),
+            head_bytes=head_bytes(file),
+            kv_bytes_per_token_layer=-(-kv_bytes_per_token(file) // n_layers),
+            n_embd=file.n_embd,
+            ctx_size=self.ctx_size,
+            slots=self.slots,
+            # The tail's are the largest.
+            compute_buffer_bytes=stage_memory(file, n_layers - 1, n_layers, self.ctx_size, self.slots).compute,
+        )
 
 
 def machines_of(capabilities: Sequence[Capability], fingerprint: bytes) -> list[Machine]:

@@ -128,14 +128,7 @@ def open_cache(
 
 
 def whole_offer(
-    info: ModelInfo,
-    *,
-    fingerprint: bytes,
-    root: bytes,
-    token_bytes: int,
-    ctx_size: int,
-    slots: int,
-    pipeline: bool = False,
+    info: ModelInfo, fingerprint: bytes, root: bytes, token_bytes: int, ctx_size: int, slots: int, *, pipeline: bool
 ) -> ModelOffer:
     """What the swarm is told of a model that this node answers for as a whole. The arguments: see `ModelOffer`."""
     return ModelOffer(

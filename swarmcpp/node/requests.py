@@ -153,7 +153,7 @@ class Requests:
 
     def _choose(self, request: GenerateRequest, local: Runner | None, failed: set[NodeId]) -> Choice | None:
         """Where the request finishes first; None: nowhere."""
-        served = self._models.served
+        served = self._models.own(request.model)
         offer = served.offer if local and served else self._models.offer(request.model)
         choice = choose(
             [each for each in self._replicas(request, local) if each.node not in failed],
@@ -170,7 +170,8 @@ class Requests:
         have, warm = self._blocks.warm(request) if local else (0, {})
         found: list[Replica] = []
         if local is not None and local.usable and len(request.prompt) < local.ctx_size:
-            head = self._models.served is not None and self._models.served.offer.pipeline
+            served = self._models.own(request.model)
+            head = served is not None and served.offer.pipeline
             own = Replica(self._own, "", local.slots, self._queue_size, local.load(), warm_tokens=have, pipeline=head)
             found.append(own)
         links = self._mesh.links

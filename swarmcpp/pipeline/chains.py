@@ -86,7 +86,6 @@ class Pipelines:
         self._service = service
         self._compression = compression
         self._hosted: dict[StageRef, OwnStage] = {}
-        self.room: Room = lambda _missing: "start another with `swarmcpp join`, or give one more --memory"
 
     # -- this node's own -------------------------------------------------------------------------------------------
 
@@ -129,7 +128,7 @@ class Pipelines:
                     if fingerprint in (None, offer.fingerprint):
                         yield SeenStage(_ref(node, offer), view.capability.name or node, offer)
 
-    def route(self, fingerprint: bytes, n_layers: int, row_bytes: int, ask: Ask) -> Chain:
+    def route(self, fingerprint: bytes, n_layers: int, row_bytes: int, ask: Ask, room: Room) -> Chain:
         """The chain that finishes a request first. Raises NotReady, which says which layers are missing."""
         seen = list(self.seen(fingerprint))
         work = Work(row_bytes, prompt_tokens=ask.tokens, passes=max(1, min(ask.answer, EXPECTED_TOKENS)))
@@ -140,12 +139,16 @@ class Pipelines:
             found = find_route(stages, n_layers, self._own, links, DEFAULT_LINK, work, ask.avoid)
             if found is not None:
                 return tuple(stages[stage] for stage in found.stages)
-        raise NotReady(missing_text([_stage(each) for each in seen], n_layers, self.room))
+        raise NotReady(missing_text([_stage(each) for each in seen], n_layers, room))
 
-    def missing(self, fingerprint: bytes, n_layers: int) -> str:
+    def covered(self, fingerprint: bytes, n_layers: int) -> bool:
+        """Whether there is a chain."""
+        return chain_exists([_stage(each) for each in self.seen(fingerprint)], n_layers)
+
+    def missing(self, fingerprint: bytes, n_layers: int, room: Room) -> str:
         """What is missing for a chain, in words; empty when there is one."""
         stages = [_stage(each) for each in self.seen(fingerprint)]
-        return "" if chain_exists(stages, n_layers) else missing_text(stages, n_layers, self.room)
+        return "" if chain_exists(stages, n_layers) else missing_text(stages, n_layers, room)
 
     def caller(self, ref: StageRef) -> StageCaller:
         """A stage as a head drives it."""

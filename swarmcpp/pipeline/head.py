@@ -18,15 +18,24 @@ ONLY_LAYERS = "this node has layers of the model only, and answers once the swar
 
 class StageRunner:
     """Satisfies `Runner`. `engine` tells how this node's own stages are, `missing` what is missing for a chain,
-    in words, and `told` a chain; as long as there is no `conductor` this node only computes for other heads."""
+    in words, and `told` a chain; as long as there is no `head` this node only computes for other ones."""
 
     def __init__(
-        self, engine: Callable[[], EngineStatus], missing: Callable[[], str], told: Callable[[Chain], str]
+        self,
+        engine: Callable[[], EngineStatus],
+        missing: Callable[[], str],
+        told: Callable[[Chain], str],
+        head: Callable[[], Conductor | None],
     ) -> None:
         self._engine = engine
         self._missing = missing
         self._told = told
-        self.conductor: Conductor | None = None
+        self._conductor = head
+
+    @property
+    def conductor(self) -> Conductor | None:
+        """What drives stages from here."""
+        return self._conductor()
 
     @property
     def status(self) -> EngineStatus:

@@ -68,7 +68,8 @@ class _Hosted:
 class StageService:
     """All stages that one node can ask, and its own, which its peers ask. Used on the event loop's thread.
 
-    `callers` gives the link to a peer that can be asked now; `alive` says whether it still gives news of itself.
+    `callers` gives the link to a peer that can be asked now; `alive` says whether it still gives news of itself;
+    `on_offer` is told of blocks that a peer (who says which) has for a stage of this node.
     """
 
     def __init__(
@@ -78,14 +79,14 @@ class StageService:
         clock: Clock,
         *,
         alive: Callable[[NodeId], bool] = lambda _node: True,
+        on_offer: Callable[[StageRef, NodeId, Sequence[bytes]], None] = lambda _ref, _source, _keys: None,
     ) -> None:
         self._node = node
         self._callers = callers
         self._alive = alive
         self._clock = clock
         self._hosted: dict[tuple[bytes, Hop], _Hosted] = {}
-        self.on_offer: Callable[[StageRef, NodeId, Sequence[bytes]], None] = lambda _ref, _source, _keys: None
-        """Told of blocks that a peer (who says which) has for a stage of this node."""
+        self._on_offer = on_offer
 
     def host(self, ref: StageRef, host: StageHost, bounds: StageBounds) -> None:
         """Answer for a stage of this node from now on, which takes the place of one of the same layers."""
@@ -141,7 +142,7 @@ class StageService:
         self, hosted: _Hosted, message: OpenSequence | ResumeSequence | StoreSequence | CloseSequence | OfferBlocks
     ) -> Reply:
         if isinstance(message, OfferBlocks):
-            self.on_offer(hosted.ref, message.source, message.keys)
+            self._on_offer(hosted.ref, message.source, message.keys)
             return Pong()
         host, sequence = hosted.host, message.sequence
         match message:

@@ -47,7 +47,7 @@ STORE_PATIENCE_S: Final = 5.0
 
 
 class SharedBlocks:
-    """One node's arena in its swarm. Used on the event loop's thread."""
+    """One node's arenas in its swarm, one for each model that is whole here. Used on the event loop's thread."""
 
     def __init__(
         self, config: Config, key: SwarmKey, mesh: Mesh, trust: TrustBook, models: SwarmModels, clock: Clock
@@ -63,8 +63,8 @@ class SharedBlocks:
         self._check: asyncio.Task[None] | None = None
         self._origin: dict[bytes, NodeId] = {}
         """Who sent a block, by its key."""
-        self.root = b""
-        self.token_bytes = 0
+        self._servers: dict[bytes, BlockServer] = {}
+        """By the root of what they give."""
         self._fetching: dict[bytes, asyncio.Event] = {}
         self.context = FetchContext(
             holders=mesh.holders,
@@ -78,23 +78,26 @@ class SharedBlocks:
             ),
             clock=clock,
         )
-        self.cache: PrefixCache | None = None
-        self.server: BlockServer | None = None
 
     @property
     def can_fetch(self) -> bool:
         """Whether blocks of peers are used at all."""
-        return self.cache is not None and self.context.settings.trust_min <= 1
+        return self.context.settings.trust_min <= 1
 
-    def use(self, cache: PrefixCache, token_bytes: int) -> None:
-        """Share the blocks of a cache, the only one from now on; `token_bytes` as in the model's offer."""
+    def server(self, root: bytes) -> BlockServer | None:
+        """What gives the blocks of a root to peers."""
+        return self._servers.get(root)
+
+    def use(self, cache: PrefixCache) -> None:
+        """Share the blocks of a cache, the only one of its model from now on."""
         root = cache.root
         server = BlockServer(root, cache.read_block, kvwire.quantise, self._key.block_id, self._governor())
-        gone = self.server.clear() if self.server else []
-        self.cache, self.server, self.root, self.token_bytes = cache, server, root, token_bytes
+        before = self._servers.get(root)
+        gone = before.clear() if before else []
+        self._servers[root] = server
 
         def changed(added: list[bytes], dropped: list[bytes]) -> None:
-            if self.server is server:
+            if self._servers.get(root) is server:
                 lost, gained = server.remove(dropped), server.add(added)
                 self._mesh.announcer.blocks_changed(root, gained, lost)
 
@@ -102,20 +105,25 @@ class SharedBlocks:
         self._mesh.announcer.blocks_changed(root, server.add(cache.all_keys()), gone)
 
     def _governor(self) -> Governor:
-        def busy() -> bool:
-            served = self._models.served
-            return served is not None and served.runner.stats.slots_busy > 0
+        return Governor(lambda: any(each.runner.stats.slots_busy for each in self._models.served), self._clock)
 
-        return Governor(busy, self._clock)
+    def _whole(self, model: str) -> tuple[LocalReplica, PrefixCache] | None:
+        """The engine of a model that is whole here, and its arena."""
+        served = self._models.own(model)
+        replica = served.replica if served else None
+        cache = replica.supervisor.cache if replica else None
+        return (replica, cache) if replica and cache else None
 
     def warm(self, request: GenerateRequest) -> tuple[int, dict[NodeId, int]]:
         """Tokens of a prompt, from the first, whose KV is in the arena here, and that each peer holds."""
-        if self.cache is None:
+        found = self._whole(request.model)
+        if found is None:
             return 0, {}
-        keys, have = self.cache.held((*request.prompt, *request.generated), request.cache_salt)
+        _, cache = found
+        keys, have = cache.held((*request.prompt, *request.generated), request.cache_salt)
         counts: dict[NodeId, int] = {}
         ids = [self._key.block_id(key) for key in keys]
-        for number, (_, nodes) in enumerate(self._mesh.holders.holders(self.root, ids)):
+        for number, (_, nodes) in enumerate(self._mesh.holders.holders(cache.root, ids)):
             for node in nodes:
                 if counts.get(node, 0) == number:
                     counts[node] = number + 1
@@ -126,9 +134,10 @@ class SharedBlocks:
 
         On a slow link this node's engine may compute those before them for it meanwhile.
         """
-        cache, served = self.cache, self._models.served
-        if cache is None or served is None or served.replica is None:
+        found = self._whole(request.model)
+        if found is None:
             return Fetched()
+        replica, cache = found
         tokens = (*request.prompt, *request.generated)
         keys, have = cache.held(tokens, request.cache_salt)
         if have < len(keys) and (running := self._fetching.get(keys[have])):
@@ -139,18 +148,16 @@ class SharedBlocks:
             return Fetched()
         ended = self._fetching[keys[have]] = asyncio.Event()
         try:
-            result = await self._fetch(cache, served.replica, request, keys, have, ended)
+            result = await self._fetch(cache, replica, request, keys, have, ended)
         finally:
             self._fetching = {key: event for key, event in self._fetching.items() if event is not ended}
             ended.set()
-        self._fetched(tokens, request.cache_salt, keys, have + result.first, result)
+        self._fetched(replace(request, prompt=tokens, generated=()), keys, have + result.first, result)
         return Fetched(result.blocks * self._block_tokens, result.first * self._block_tokens)
 
     # -- spot checks ---------------------------------------------------------------------------------------------
 
-    def _fetched(
-        self, tokens: tuple[int, ...], salt: str, keys: Sequence[bytes], begin: int, result: FetchResult
-    ) -> None:
+    def _fetched(self, request: GenerateRequest, keys: Sequence[bytes], begin: int, result: FetchResult) -> None:
         """Note who sent which block from number `begin`, and now and then check one: a digest proves the bytes, not
         the arithmetic."""
         for key, peer in zip(keys[begin:], result.sources, strict=False):
@@ -163,7 +170,8 @@ class SharedBlocks:
         peer = result.sources[number]
         if self._random.random() < self._trust.spot_check_probability(peer):
             count = (begin + number + 1) * self._block_tokens
-            self._check = asyncio.create_task(self._spot_check(tokens[: count + 1], salt, peer), name="spot check")
+            checked = replace(request, prompt=request.prompt[: count + 1])
+            self._check = asyncio.create_task(self._spot_check(checked, peer), name="spot check")
             self._check.add_done_callback(self._checked)
 
     def _checked(self, task: asyncio.Task[None]) -> None:
@@ -171,12 +179,13 @@ class SharedBlocks:
         if not task.cancelled() and (error := task.exception()):
             logger.info("a spot check could not be made: %s", error)
 
-    async def _spot_check(self, tokens: tuple[int, ...], salt: str, peer: NodeId) -> None:
-        """Compute the last block of `tokens` again on top of those before it, once the engine is idle, and compare."""
-        served, cache = self._models.served, self.cache
-        if served is None or served.replica is None or cache is None:
+    async def _spot_check(self, request: GenerateRequest, peer: NodeId) -> None:
+        """Compute the last block of a prompt again on top of those before it, once the engine is idle, and compare."""
+        found = self._whole(request.model)
+        if found is None:
             return
-        supervisor = served.replica.supervisor
+        replica, cache = found
+        tokens, salt, supervisor = request.prompt, request.cache_salt, replica.supervisor
         for _ in range(int(CHECK_PATIENCE_S / CHECK_POLL_S)):
             if not supervisor.active:
                 break
@@ -198,11 +207,11 @@ class SharedBlocks:
         self._trust.wrong(peer, why)
         self._mesh.note(f"{self._mesh.name(peer)} is not trusted any more: {why}")
         bad = [key for key, origin in self._origin.items() if origin == peer]
-        if self.cache:
-            self.cache.drop(bad)
-        if (served := self._models.served) and served.replica:
+        for supervisor in [each.replica.supervisor for each in self._models.served if each.replica]:
+            if supervisor.cache:
+                supervisor.cache.drop(bad)
             # It may have loaded some of them.
-            served.replica.supervisor.forget()
+            supervisor.forget()
         for key in bad:
             del self._origin[key]
 
@@ -232,7 +241,7 @@ class SharedBlocks:
             return await self._compute(cache, replica.supervisor, request, (have + n_blocks) * self._block_tokens)
 
         query = PrefixQuery(
-            root=self.root,
+            root=cache.root,
             keys=keys,
             have=have,
             block_bytes=cache.block_bytes,

@@ -23,17 +23,20 @@ from swarmcpp.wire.peers import Caller
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What this node itself serves. `names` are all that it answers to."""
+    """A model that this node itself serves. `names` are all that it answers to."""
 
     runner: Runner
     offer: ModelOffer
     names: frozenset[str]
-    replica: LocalReplica | None = None
-    """The runner, if it is an engine with the whole model."""
+
+    @property
+    def replica(self) -> LocalReplica | None:
+        """The runner, if it is an engine with the whole model."""
+        return self.runner if isinstance(self.runner, LocalReplica) else None
 
 
 class SwarmModels:
-    """The models of a swarm as one node sees them. `served` is its own; None until that is ready."""
+    """The models of a swarm as one node sees them, its own among them."""
 
     def __init__(self, mesh: Mesh, data_dir: Path) -> None:
         self._mesh = mesh
@@ -41,7 +44,20 @@ class SwarmModels:
         self._codecs: dict[bytes, ChatCodec] = {}
         self._vocabs: list[VocabModel] = []
         self._lock = asyncio.Lock()
-        self.served: Served | None = None
+        self._own: dict[str, Served] = {}
+
+    @property
+    def served(self) -> tuple[Served, ...]:
+        """What this node serves itself, in the order in which it was ready."""
+        return tuple(self._own.values())
+
+    def serve(self, served: Served) -> None:
+        """Serve a model here from now on; it takes the place of one that peers know by the same name."""
+        self._own[served.offer.id] = served
+
+    def own(self, model: str) -> Served | None:
+        """What this node itself serves under a name."""
+        return self._own.get(model) or next((each for each in self._own.values() if model in each.names), None)
 
     def close(self) -> None:
         """Free the vocabularies."""
@@ -61,9 +77,9 @@ class SwarmModels:
 
     def of(self, model: str) -> Iterator[tuple[PeerView, ModelOffer]]:
         """Peers' offers of one model: by its name, or by what it is when it is served here too."""
-        own = self.served.offer.fingerprint if self.served and model in self.served.names else None
+        own = self.own(model)
         for view, offer in self.offers():
-            if offer.id == model if own is None else offer.fingerprint == own:
+            if offer.fingerprint == own.offer.fingerprint if own else offer.id == model:
                 yield view, offer
 
     def offer(self, model: str) -> ModelOffer | None:
@@ -77,9 +93,9 @@ class SwarmModels:
     def infos(self) -> tuple[ModelInfo, ...]:
         """Models that only peers serve, one for each name."""
         found: dict[str, ModelInfo] = {}
-        own = self.served.offer.fingerprint if self.served else b""
+        own = {each.offer.fingerprint for each in self.served}
         for _, offer in self.offers():
-            if offer.fingerprint != own and offer.id not in found:
+            if offer.fingerprint not in own and offer.id not in found:
                 found[offer.id] = ModelInfo(
                     id=offer.id,
                     path="",

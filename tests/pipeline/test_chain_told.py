@@ -18,11 +18,15 @@ from swarmcpp.supervisor.runner import LOCAL
 async def test_the_chain_of_a_request_is_told_to_its_end(swarm_of: Callable[..., Swarm]) -> None:
     swarm = swarm_of((0, 2, 5))
     conductor = Conductor(swarm.facts, policy(), swarm.surroundings(), time.monotonic)
+    heads: list[Conductor] = []
     runner = StageRunner(
-        EngineStatus, lambda: "", lambda chain: " ".join(f"{each.first}-{each.last}" for each in chain)
+        EngineStatus,
+        lambda: "",
+        lambda chain: " ".join(f"{each.first}-{each.last}" for each in chain),
+        lambda: heads[0] if heads else None,
     )
     assert runner.route("r") == LOCAL
-    runner.conductor = conductor
+    heads.append(conductor)
     try:
         # Of a request with one token the stages are given back before its reader has it.
         for count in (1, 5):

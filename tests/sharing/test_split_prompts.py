@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import pytest
 from swarm_process import HOST, SLOW
@@ -20,7 +19,9 @@ from swarmcpp.config import Config, EngineConfig, InferenceConfig, ServerConfig,
 from swarmcpp.core import GenerateRequest, SamplingParams, TokenPart
 from swarmcpp.models.synthetic import write_model
 from swarmcpp.node.member import Swarm
+from swarmcpp.node.preparing import prepare
 from swarmcpp.node.serving import run
+from swarmcpp.node.whole import WholeModel
 from swarmcpp.peers import Address
 from swarmcpp.supervisor.replica import LocalReplica
 from swarmcpp.supervisor.whole import EngineSupervisor
@@ -45,8 +46,9 @@ class Seat:
 
     @property
     def replica(self) -> LocalReplica:
-        assert self.swarm.models.served
-        return cast(LocalReplica, self.swarm.models.served.replica)
+        (served,) = self.swarm.models.served
+        assert served.replica
+        return served.replica
 
     @property
     def supervisor(self) -> EngineSupervisor:
@@ -80,9 +82,10 @@ async def seat(name: str, key: SwarmKey, model: Path, data: Path, *known: Addres
     )
     stop = asyncio.Event()
     async with in_swarm(config, SwarmStore(data), key, known, lan=False) as swarm:
-        running = asyncio.create_task(run(config, model, swarm=swarm, stop=stop))
+        whole = WholeModel(config, await asyncio.to_thread(prepare, config, model), swarm)
+        running = asyncio.create_task(run(config, [whole], swarm=swarm, stop=stop))
         try:
-            await until(lambda: running.done() or swarm.models.served is not None, f"{name} serves")
+            await until(lambda: running.done() or bool(swarm.models.served), f"{name} serves")
             yield Seat(swarm)
         finally:
             stop.set()
@@ -121,7 +124,7 @@ async def pair(slow: Path, tmp_path: Path) -> AsyncIterator[Pair]:
         await bob.answer(other)
         node = ann.swarm.capability().node
         await until(lambda: bob.swarm.blocks.warm(asked)[1].get(node) == BLOCKS * BLOCK, "Bob knows what Ann has")
-        cache = bob.swarm.blocks.cache
+        cache = bob.supervisor.cache
         assert cache
         # As slow as his engine, as far as he knows: two blocks on the way for each that he computes.
         block_s = BLOCK / bob.supervisor.stats.prefill_tps
