@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -23,7 +22,7 @@ from swarmcpp.errors import (
 from swarmcpp.node.remote import remote_tokens
 from swarmcpp.node.view import RequestInView
 from swarmcpp.peers import CacheHits, NodeId
-from swarmcpp.route.replicas import Choice, DelegationRates, Replica, choose
+from swarmcpp.route.replicas import DelegationRates, Replica, choose
 from swarmcpp.sharing.blocks import SharedBlocks
 from swarmcpp.sharing.offers import SwarmModels
 from swarmcpp.supervisor.runner import Runner
@@ -96,7 +95,7 @@ class Requests:
         """Requests under way, the oldest first."""
         return tuple(self._running.values())
 
-    @contextlib.contextmanager
+    @contextmanager
     def tracked(self, request: GenerateRequest, route: Callable[[], str] = str) -> Iterator[RequestInView]:
         """Show a request as running; `route` tells where."""
         self._serial += 1
@@ -116,43 +115,25 @@ class Requests:
         the last failure when none is left, and says what is wrong when there never was one.
         """
         ends = None if timeout_s is None else self._clock() + timeout_s
-        produced = list(request.generated)
-        failed: set[NodeId] = set()
-        cause: SwarmError | None = None
+        produced, finished = list(request.generated), False
+        failed: dict[NodeId, SwarmError] = {}
         with self.tracked(request) as row:
-            while True:
+            while not finished:
                 left = None if ends is None else max(0.001, ends - self._clock())
                 current = replace(request, generated=tuple(produced), deadline_s=left)
-                choice = self._choose(current, local, failed)
-                if choice is None:
-                    raise cause or self._nowhere(request, local)
-                row.route = route = _teller(choice.replica, request, local)
-                told = ""
-                try:
-                    async with aclosing(self._run(choice.replica, current, local)) as parts:
-                        async for part in parts:
-                            produced.extend(part.ids)
-                            row.generated = len(produced)
-                            told = told or route()
-                            yield told, part
-                            if part.finish:
-                                return
-                    raise PeerLost(f"{choice.replica.route} ended an answer before its end")
-                except ELSEWHERE as error:
-                    failed.add(choice.replica.node)
-                    cause = error
-                    if choice.replica.name:
-                        self._mesh.note(f"{request.id} goes on elsewhere, {choice.replica.route} failed: {error}")
+                replica = self._choose(current, local, failed)
+                row.route, told = _teller(replica, request, local), ""
+                async with self._attempt(replica, current, local, failed) as parts:
+                    async for part in parts:
+                        produced.extend(part.ids)
+                        row.generated, finished = len(produced), part.finish is not None
+                        told = told or row.route()
+                        yield told, part
+                    if not finished:
+                        raise PeerLost(f"{replica.route} ended an answer before its end")
 
-    @staticmethod
-    def _nowhere(request: GenerateRequest, local: Runner | None) -> SwarmError:
-        if local is not None:
-            # Raises what exactly is wrong.
-            local.admit(request)
-        return NotReady(f"no node of the swarm can run {request.model!r} now; `swarmcpp status` shows them")
-
-    def _choose(self, request: GenerateRequest, local: Runner | None, failed: set[NodeId]) -> Choice | None:
-        """Where the request finishes first; None: nowhere."""
+    def _choose(self, request: GenerateRequest, local: Runner | None, failed: Mapping[NodeId, SwarmError]) -> Replica:
+        """Where the request finishes first. Raises what is wrong when it can run nowhere."""
         served = self._models.own(request.model)
         offer = served.offer if local and served else self._models.offer(request.model)
         choice = choose(
@@ -162,9 +143,10 @@ class Requests:
             n_layers=offer.n_layers if offer else 1,
             token_bytes=offer.token_bytes if offer and self._blocks.can_fetch else 0,
         )
-        if choice:
-            diag(logger, "Parallax", request=request.id, route=choice.replica.route, why=choice.why)
-        return choice
+        if choice is None:
+            raise [*failed.values()][-1] if failed else _nowhere(request, local)
+        diag(logger, "Parallax", request=request.id, route=choice.replica.route, why=choice.why)
+        return choice.replica
 
     def _replicas(self, request: GenerateRequest, local: Runner | None) -> list[Replica]:
         have, warm = self._blocks.warm(request) if local else (0, {})
@@ -203,18 +185,19 @@ class Requests:
         now = self._clock()
         return [each.tokens for each in self._sent.get(node, ()) if now - each.begun < heard_s + SEEN_S]
 
-    async def _run(
-        self, replica: Replica, request: GenerateRequest, local: Runner | None
-    ) -> AsyncGenerator[TokenPart, None]:
-        if replica.name:
-            parts = self._run_there(replica, request)
-        elif local is not None:
-            parts = self.run_here(local, request)
-        else:
-            raise NotReady("this node has no engine for the model")
-        async with aclosing(parts):
-            async for part in parts:
-                yield part
+    @asynccontextmanager
+    async def _attempt(
+        self, replica: Replica, request: GenerateRequest, local: Runner | None, failed: dict[NodeId, SwarmError]
+    ) -> AsyncGenerator[AsyncGenerator[TokenPart, None], None]:
+        """A request's tokens at one replica. What fails there ends the block, and is noted in `failed`."""
+        parts = self._run_there(replica, request) if replica.name or local is None else self.run_here(local, request)
+        try:
+            async with aclosing(parts):
+                yield parts
+        except ELSEWHERE as error:
+            failed[replica.node] = error
+            if replica.name:
+                self._mesh.note(f"{request.id} goes on elsewhere, {replica.route} failed: {error}")
 
     async def run_here(self, local: Runner, request: GenerateRequest) -> AsyncGenerator[TokenPart, None]:
         """Run a request on this node, a peer's too. Raises what `Runner.admit` and `tokens` raise."""
@@ -262,6 +245,13 @@ class Requests:
                     decode_s=self._clock() - first_at,
                     streams=1,
                 )
+
+
+def _nowhere(request: GenerateRequest, local: Runner | None) -> SwarmError:
+    if local is not None:
+        # Raises what exactly is wrong.
+        local.admit(request)
+    return NotReady(f"no node of the swarm can run {request.model!r} now; `swarmcpp status` shows them")
 
 
 def _teller(replica: Replica, request: GenerateRequest, local: Runner | None) -> Callable[[], str]:
