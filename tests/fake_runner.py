@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engine_support import part_of
+
 from swarmcpp.core import EngineStats, GenerateRequest, TokenPart
 from swarmcpp.errors import NotReady, SwarmError
 from swarmcpp.models.inspect import inspect
@@ -63,7 +65,7 @@ class FakeRunner:
                 await self.gate.wait()
                 if self.fail_at and number == self.fail_at[0]:
                     raise self.fail_at[1]
-                yield TokenPart((ord(self.text[number]),), "length" if number == len(self.text) - 1 else None)
+                yield part_of((ord(self.text[number]),), "length" if number == len(self.text) - 1 else None)
         finally:
             self.ahead -= 1
 
