@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import msgspec
 
@@ -16,6 +16,16 @@ FinishReason = Literal["stop", "length"]
 """Why a generation ended: an end-of-generation token or stop string; or max_tokens or the slot's context."""
 
 EngineState = Literal["starting", "ready", "restarting", "failed", "stopped"]
+
+TILE_ROWS: Final = 64
+"""Rows of one sequence from which ggml's flash attention on CPUs takes its tiled kernel (`ggml_fa_tile_config::Q`).
+
+The tiled kernel and the one for fewer rows round differently. So a prompt's full tiles are always computed as tiles and
+its tail always as fewer rows, whatever runs beside it: that is what makes its tokens the same alone and under load.
+"""
+
+MAX_ROWS: Final = 512
+"""Rows that an engine computes at once: llama.cpp's n_ubatch, and n_batch too, more rows than which kill it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ import numpy as np
 
 from bench.guide.corpus import documents
 from bench.guide.speculation import AllRows
-from swarmcpp.llama.context import N_UBATCH, Context, ContextOptions, Model
+from swarmcpp.core import MAX_ROWS
+from swarmcpp.llama.context import Context, ContextOptions, Model
 from swarmcpp.llama.vocab import Vocab
 
 SEED = 481
@@ -44,11 +45,11 @@ def loss(path: Path, seed: int = SEED, count: int = DOCUMENTS) -> tuple[float, i
         stack.callback(model.close)
         context = Context(model, ContextOptions(n_ctx=CONTEXT, n_seqs=1, n_threads=1, all_outputs=True))
         stack.callback(context.close)
-        batch = AllRows(N_UBATCH)
+        batch = AllRows(MAX_ROWS)
         for tokens, learned in tokenized(model.vocab, seed, count):
             context.truncate(0, 0)
-            for start in range(0, len(tokens) - 1, N_UBATCH):
-                part = tokens[start : start + N_UBATCH]
+            for start in range(0, len(tokens) - 1, MAX_ROWS):
+                part = tokens[start : start + MAX_ROWS]
                 batch.clear()
                 batch.add_all(start, part)
                 context.decode(batch)

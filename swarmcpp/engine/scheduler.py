@@ -8,14 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from swarmcpp.core import Chunk, StepPlan
-
-TILE_ROWS = 64
-"""Rows of one sequence from which ggml's flash attention on CPUs takes its tiled kernel (`ggml_fa_tile_config::Q`).
-
-The tiled kernel and the one for fewer rows round differently. So a prompt's full tiles are always computed as tiles and
-its tail always as fewer rows, whatever runs beside it: that is what makes its tokens the same alone and under load.
-"""
+from swarmcpp.core import MAX_ROWS, Chunk, StepPlan
+from swarmcpp.core import TILE_ROWS as TILE_ROWS
 
 _ALPHA = 0.2
 """Weight of the newest sample in the moving averages: five steps forget an old operating point."""
@@ -42,7 +36,7 @@ class Policy:
 
     prefill_chunk_tokens: int = 128
     prefill_budget_s: float = 0.7
-    max_rows: int = 512
+    max_rows: int = MAX_ROWS
     continuous_batching: bool = True
     batched_prefill_forward: bool = True
 

@@ -9,9 +9,9 @@ import numpy as np
 from blake3 import blake3
 
 from swarmcpp._native import all_finite_f16
-from swarmcpp.core import BlockFile, BlockRef, GenerateRequest, KvLayout, Rows, SamplerLike, Token
+from swarmcpp.core import MAX_ROWS, BlockFile, BlockRef, GenerateRequest, KvLayout, Rows, SamplerLike, Token
 from swarmcpp.errors import SnapshotError, SwarmError
-from swarmcpp.llama.context import N_UBATCH, Context, Model
+from swarmcpp.llama.context import Context, Model
 from swarmcpp.llama.kvmemory import KvMemory
 from swarmcpp.llama.sampler import Sampler
 from swarmcpp.llama.snapshot import Part, block_of, block_part, compose, learn_layout, parse
@@ -34,7 +34,7 @@ class LlamaBackend:
         self._file: BlockFile | None = None
         self.n_slots = context.n_seqs
         self.n_ctx = context.n_ctx
-        self.max_rows = N_UBATCH
+        self.max_rows = MAX_ROWS
         self.eog_tokens = model.vocab.eog_tokens
 
     def sampler(self, request: GenerateRequest) -> SamplerLike:

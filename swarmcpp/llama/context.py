@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from swarmcpp._native import GraphTap, all_finite_f32
+from swarmcpp.core import MAX_ROWS
 from swarmcpp.errors import DecodeAborted, DecodeFailed, NotEnoughMemory
 from swarmcpp.llama import lib
 from swarmcpp.llama.kvmemory import KvMemory
@@ -20,9 +21,6 @@ from swarmcpp.llama.snapshot import Bytes
 from swarmcpp.llama.vocab import Vocab
 
 Floats = npt.NDArray[np.float32]
-
-N_UBATCH = 512
-"""Rows that one graph computes at most; also n_batch, since more rows than n_batch kill llama.cpp."""
 
 _TAP_FUNCTIONS = ("ggml_get_name", "ggml_op_desc", "ggml_nbytes", "ggml_backend_tensor_get")
 
@@ -70,10 +68,10 @@ class Context:
             c.llama_context_default_params(),
             n_ctx=options.n_ctx * options.n_seqs,
             n_seq_max=options.n_seqs,
-            n_batch=N_UBATCH,
-            n_ubatch=N_UBATCH,
+            n_batch=MAX_ROWS,
+            n_ubatch=MAX_ROWS,
             # One row of logits per sequence: without this bound the output buffer is n_batch x n_vocab floats.
-            n_outputs_max=N_UBATCH if options.all_outputs else options.n_seqs,
+            n_outputs_max=MAX_ROWS if options.all_outputs else options.n_seqs,
             n_threads=options.n_threads,
             n_threads_batch=options.n_threads,
             kv_unified=False,
@@ -103,7 +101,7 @@ class Context:
         self._memory = c.llama_get_memory(pointer)
         self.kv: KvMemory | None = None
         """Where its KV is, once somebody has found out (see LlamaBackend.learn)."""
-        self.batch = Batch(N_UBATCH)
+        self.batch = Batch(MAX_ROWS)
 
     def decode(self, batch: Batch | None = None, hidden: Floats | None = None) -> None:
         """Compute the rows of `batch`, without it of `self.batch`. Raises DecodeAborted, DecodeFailed.

@@ -11,9 +11,10 @@ from pathlib import Path
 import llama_cpp.llama_cpp as c
 import numpy as np
 
+from swarmcpp.core import MAX_ROWS
 from swarmcpp.errors import BadModel, BadRequest, DecodeFailed
 from swarmcpp.llama.backend import LlamaBackend
-from swarmcpp.llama.context import N_UBATCH, Batch, Context, ContextOptions, Model
+from swarmcpp.llama.context import Batch, Context, ContextOptions, Model
 from swarmcpp.llama.convert import float_converter
 from swarmcpp.llama.lib import fill
 from swarmcpp.llama.rows import FloatRows, decode_rows, encode_rows
@@ -89,15 +90,15 @@ class StageContext:
         if not is_tail:
             options = replace(options, hidden=f"l_out-{c.llama_model_n_layer(model.pointer) - 1}", all_outputs=True)
         self.context = Context(model, options)
-        self._batch = EmbeddingBatch(N_UBATCH, self.n_embd)
-        self._taken = np.empty((N_UBATCH, self.n_embd), np.float32)
+        self._batch = EmbeddingBatch(MAX_ROWS, self.n_embd)
+        self._taken = np.empty((MAX_ROWS, self.n_embd), np.float32)
         self.outputs: dict[int, range] = {}
         """Batch rows whose logits were asked for in the last call, by slot. Tail only."""
 
     def decode(self, parts: Sequence[StageRows]) -> FloatRows:
         """Compute rows. Of a stage that is not the tail: the hidden rows, shape (rows of all parts, n_embd), in the
         order of `parts`; of the tail: none, shape (0, n_embd). Raises DecodeAborted, DecodeFailed, and ValueError for
-        more than N_UBATCH rows or another width.
+        more than MAX_ROWS rows or another width.
         """
         self._batch.clear()
         self.outputs.clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from swarmcpp.core import MAX_ROWS
 from swarmcpp.errors import NotEnoughMemory
 from swarmcpp.models.gguf_header import read_header
 from swarmcpp.models.inspect import ModelFile
@@ -17,8 +18,6 @@ F16_BYTES = 2
 F32_BYTES = 4
 CTX_PADDING = 256
 """llama.cpp rounds the context of a stream up to a multiple of this."""
-DEFAULT_BATCH = 512
-"""llama.cpp's default rows per ubatch."""
 OVERHEAD = 96 << 20
 """An engine process before its model: interpreter, libraries, threads, work buffers."""
 STAGE_OVERHEAD = 68 << 20
@@ -57,7 +56,7 @@ def kv_bytes_per_token(model: ModelFile) -> int:
     return sum(model.n_head_kv) * (model.head_dim_k + model.head_dim_v) * F16_BYTES
 
 
-def estimate_memory(model: ModelFile, ctx_size: int, slots: int, n_batch: int = DEFAULT_BATCH) -> MemoryEstimate:
+def estimate_memory(model: ModelFile, ctx_size: int, slots: int, n_batch: int = MAX_ROWS) -> MemoryEstimate:
     """Memory of an engine with `slots` slots of `ctx_size` tokens each that computes `n_batch` rows at a time.
 
     kv      = slots x padded ctx x kv_bytes_per_token
@@ -136,7 +135,7 @@ def _weights(model: ModelFile) -> _Weights:
 
 
 def stage_memory(
-    model: ModelFile, first: int, last: int, ctx_size: int, slots: int, n_batch: int = DEFAULT_BATCH
+    model: ModelFile, first: int, last: int, ctx_size: int, slots: int, n_batch: int = MAX_ROWS
 ) -> MemoryEstimate:
     """Memory of an engine with layers [first, last) of `model` as a stage, `slots` slots of `ctx_size` tokens each.
 
@@ -167,7 +166,7 @@ def stage_memory(
 
 
 def choose_capacity(
-    model: ModelFile, free_bytes: int, ctx_size: int = 0, slots: int = 0, n_batch: int = DEFAULT_BATCH
+    model: ModelFile, free_bytes: int, ctx_size: int = 0, slots: int = 0, n_batch: int = MAX_ROWS
 ) -> tuple[int, int]:
     """(ctx_size, slots) that fit into `free_bytes`; 0 means choose, any other value is kept.
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from swarmcpp.config import Config
-from swarmcpp.core import GenerateRequest, KvLayout, Limits, SamplingParams
-from swarmcpp.engine.scheduler import TILE_ROWS
+from swarmcpp.core import TILE_ROWS, GenerateRequest, KvLayout, Limits, SamplingParams
 from swarmcpp.errors import BadConfig, NotEnoughMemory
 from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.models.capacity import gigabytes, stage_memory

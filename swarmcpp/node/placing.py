@@ -10,6 +10,7 @@ from statistics import median
 from typing import Final
 
 from swarmcpp.config import parse_size
+from swarmcpp.core import TILE_ROWS
 from swarmcpp.errors import BadRequest
 from swarmcpp.models.capacity import embedding_bytes, head_bytes, kv_bytes_per_token, layer_bytes, stage_memory
 from swarmcpp.models.inspect import ModelFile
@@ -20,8 +21,6 @@ from swarmcpp.route.placement import Placement, expected, place
 from swarmcpp.route.placement_words import explain, size
 from swarmcpp.route.replicas import SLOW_PASS_S
 from swarmcpp.status import PlanRates, PlanRow, SwarmPlan
-
-TILE_ROWS: Final = 64
 
 MAX_ADDED: Final = 16
 """Machines that one plan adds."""

@@ -17,13 +17,11 @@ from swarmcpp.pipeline.service import StageService
 from swarmcpp.route.parallax import DEFAULT_LINK, Link, Stage, Work, chain_exists, find_route, known_links
 from swarmcpp.route.parallax import missing_layers as gaps
 from swarmcpp.route.passes import Curve, PassTimes, pass_s, sound_curve
+from swarmcpp.route.replicas import EXPECTED_TOKENS
 from swarmcpp.supervisor.stage import StageSupervisor
 from swarmcpp.swarm.membership import Status
 from swarmcpp.swarm.mesh import Mesh
 from swarmcpp.wire.codec import RowEncoding
-
-EXPECTED_TOKENS: Final = 256
-"""Of a typical answer, as in route/replicas.py."""
 
 COMPRESS_BELOW: Final = 40e6
 """Bytes/s of a link below which 8-bit rows are worth their rounding: there a pass of 16 rows of 4,096 values waits more

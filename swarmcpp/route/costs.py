@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from itertools import accumulate, combinations, pairwise, permutations
 from typing import Final
 
+from swarmcpp.core import TILE_ROWS
 from swarmcpp.peers import NodeId
-from swarmcpp.route.replicas import ROW_SHARE, SLOW_PASS_S, TILE_TOKENS
+from swarmcpp.route.replicas import ROW_SHARE, SLOW_PASS_S
 
 EMBEDDING_ROWS_BYTES: Final = 16 << 20
 """What the head keeps of the embedding, at most: the table is mapped, and only the rows of tokens are read."""
@@ -256,15 +257,15 @@ class Costs:
         )
         passes = [stage.pass_s for stage in stages]
         tiles = [m.tile_s * (last - first) for m, (first, last) in zip(order, pairwise(bounds), strict=True)]
-        sent = [self.transfer_s(a, b, TILE_TOKENS) for a, b in pairwise(order)]
-        more = -(-PROMPT_TOKENS // TILE_TOKENS) - 1
+        sent = [self.transfer_s(a, b, TILE_ROWS) for a, b in pairwise(order)]
+        more = -(-PROMPT_TOKENS // TILE_ROWS) - 1
         hops = self.hops(order)
         return Pipeline(
             stages,
             hops,
             self.tps(max(passes), math.fsum(passes), hops),
             1 / (math.fsum(passes) + hops),
-            math.fsum(tiles) + self.hops(order, TILE_TOKENS) + more * max(tiles + sent),
+            math.fsum(tiles) + self.hops(order, TILE_ROWS) + more * max(tiles + sent),
         )
 
     def fill(self, order: Sequence[Machine], first: int, last: int, limit_s: float = math.inf) -> list[int] | None:

@@ -7,14 +7,13 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from swarmcpp.core import Clock
-from swarmcpp.route.replicas import EXPIRY_S, HALF_LIFE_S, ROW_SHARE, SLOW_PASS_S, TILE_TOKENS
+from swarmcpp.core import MAX_ROWS, TILE_ROWS, Clock
+from swarmcpp.route.replicas import EXPIRY_S, HALF_LIFE_S, ROW_SHARE, SLOW_PASS_S
 from swarmcpp.telemetry import RateEma
 
 Curve = tuple[tuple[int, float], ...]
 """Measured (rows, seconds of one pass), rows rising and seconds never falling; empty: not measured."""
 
-MAX_ROWS: Final = 512
 MAX_POINTS: Final = MAX_ROWS.bit_length()
 """Points of a curve: 1, 2, 4, ... 512 rows."""
 
@@ -23,11 +22,11 @@ def pass_s(curve: Curve, rows: int, n_layers: int) -> float:
     """Seconds of one pass of `rows` rows through `n_layers` layers whose measured times are `curve`.
 
     Between two points it is linear. Outside of them it has the shape of replicas.py, seconds = a * (1 + (rows - 1) *
-    ROW_SHARE), through the nearest point. Nothing measured: SLOW_PASS_S a layer for every TILE_TOKENS rows or part.
+    ROW_SHARE), through the nearest point. Nothing measured: SLOW_PASS_S a layer for every TILE_ROWS rows or part.
     Rises with `rows` and is never 0.
     """
     if not curve:
-        return SLOW_PASS_S * n_layers * max(1.0, rows / TILE_TOKENS)
+        return SLOW_PASS_S * n_layers * max(1.0, rows / TILE_ROWS)
     at = bisect_left(curve, (rows,))
     if at == len(curve) or (at == 0 and curve[0][0] != rows):
         nearest, seconds = curve[min(at, len(curve) - 1)]

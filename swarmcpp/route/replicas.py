@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from swarmcpp.core import Clock
+from swarmcpp.core import TILE_ROWS, Clock
 from swarmcpp.peers import Load, NodeId
 from swarmcpp.telemetry import RateEma
 
@@ -37,9 +37,6 @@ streams: 22, 40, 58 and 75 tokens/s, so 45, 50, 69 and 107 ms a step."""
 
 SLOW_PASS_S: Final = 0.025
 """A layer's time for one pass over it where no rate at all is known: a decode step, or a tile of a prompt."""
-
-TILE_TOKENS: Final = 64
-"""Prompt tokens that one such pass takes."""
 
 TIE_SHARE: Final = 0.1
 TIE_S: Final = 0.05
@@ -182,7 +179,7 @@ def _rates(replicas: Sequence[Replica], n_layers: int) -> list[Rates]:
         for replica in replicas
     ]
     pass_s = SLOW_PASS_S * max(1, n_layers)
-    prefill = min((each.prefill_tps for each in told if each.prefill_tps), default=TILE_TOKENS / pass_s)
+    prefill = min((each.prefill_tps for each in told if each.prefill_tps), default=TILE_ROWS / pass_s)
     decode = min((each.decode_tps for each in told if each.decode_tps), default=1 / pass_s)
     return [Rates(each.prefill_tps or prefill, each.decode_tps or decode) for each in told]
 

@@ -13,8 +13,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from swarmcpp.core import Clock
-from swarmcpp.engine.scheduler import TILE_ROWS
+from swarmcpp.core import TILE_ROWS, Clock
 from swarmcpp.errors import SwarmError
 from swarmcpp.kv.arena import Hashed
 from swarmcpp.kv.cache import PrefixCache

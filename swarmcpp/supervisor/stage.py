@@ -9,8 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Unpack
 
-from swarmcpp.core import Clock, GenerateRequest
-from swarmcpp.engine.scheduler import TILE_ROWS
+from swarmcpp.core import TILE_ROWS, Clock, GenerateRequest
 from swarmcpp.errors import EngineFailed, NotReady, QueueFull, StageLost, SwarmError, WireError, revive
 from swarmcpp.kv.keys import KEY_BYTES
 from swarmcpp.supervisor.books import Computed, ComputeDone, Placing, StageSequence, Underway, Waiting, next_of

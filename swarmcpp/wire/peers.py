@@ -12,7 +12,7 @@ from typing import Annotated, Final, Protocol
 import msgspec
 from msgspec import Meta
 
-from swarmcpp.core import GenerateRequest, Sampled, TokenPart
+from swarmcpp.core import MAX_ROWS, GenerateRequest, Sampled, TokenPart
 from swarmcpp.errors import SwarmError
 from swarmcpp.peers import Address, Capability, Load
 from swarmcpp.wire.codec import Codec, RowEncoding
@@ -32,8 +32,8 @@ MAX_FRAMES: Final = 64
 MAX_IDS: Final = 4096
 """Block ids in one message."""
 
-MAX_PARTS: Final = 512
-"""Sequences in one pass: as many as rows that llama.cpp computes at once."""
+MAX_PARTS: Final = MAX_ROWS
+"""Sequences in one pass."""
 
 MAX_HOPS: Final = 64
 """Stages of a route."""

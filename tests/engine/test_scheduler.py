@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcpp.core import Chunk, StepPlan
-from swarmcpp.engine.scheduler import TILE_ROWS, CostModel, Policy, Scheduler, SlotView
+from swarmcpp.core import TILE_ROWS, Chunk, StepPlan
+from swarmcpp.engine.scheduler import CostModel, Policy, Scheduler, SlotView
 
 costs = st.builds(
     CostModel,
