@@ -312,11 +312,6 @@ class StepPlan:
     decode: tuple[Chunk, ...] = ()
     prefill: tuple[tuple[Chunk, ...], ...] = ()
 
-    @property
-    def rows(self) -> int:
-        """Rows of all calls."""
-        return len(self.decode) + sum(chunk.count for group in self.prefill for chunk in group)
-
 
 @dataclass(frozen=True, slots=True)
 class Rows:

@@ -76,11 +76,6 @@ class StageOffer:
     draining: bool = False
     """It takes no new sequences, and ends when it has none."""
 
-    @property
-    def is_tail(self) -> bool:
-        """It computes logits and samples."""
-        return self.last == self.n_layers
-
 
 @dataclass(frozen=True, slots=True)
 class Load:

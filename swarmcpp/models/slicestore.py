@@ -6,9 +6,7 @@ data_dir/parts/FINGERPRINT16/                        see modelfiles.SparseModel
 
 from __future__ import annotations
 
-import shutil
 import struct
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,19 +80,6 @@ class SliceStore:
         except OSError as error:
             raise StartupError(f"{target}: cannot be written ({error.strerror}); check the directory") from None
         return SliceFiles(target, path, embedding=True, parts=None)
-
-    def forget(self, fingerprint: bytes) -> None:
-        """Remove all slices and parts of a model. Files in use on a system that keeps them then stay."""
-        for path in self._slices.glob(f"*-{fingerprint.hex()[:8]}.gguf"):
-            try:
-                found = slice_of(read_header(path))
-            except BadModel:
-                found = None
-            if found is None or found.fingerprint == fingerprint:
-                # One in use takes room until the next time.
-                with suppress(OSError):
-                    path.unlink()
-        shutil.rmtree(self._parts_of(fingerprint), ignore_errors=True)
 
     def _parts_of(self, fingerprint: bytes) -> Path:
         return self._data_dir / "parts" / fingerprint.hex()[:16]

@@ -46,18 +46,6 @@ def test_a_slice_of_other_layers_is_not_taken_for_this_one(model: Path, tmp_path
     assert not store.is_sound(manifest, 1, 2)
 
 
-def test_a_model_is_forgotten_whole(model: Path, tmp_path: Path) -> None:
-    store = SliceStore(tmp_path / "data")
-    manifest = manifest_of([model], tmp_path)
-    kept = write_model(tmp_path / "m-00001.gguf", TINY, quant="Q8_0", seed=1)
-    mine, others = store.from_file(model, 0, 1).slice, store.from_file(kept, 0, 1).slice
-    parts = store.parts(manifest)
-    parts.prepare()
-    store.forget(manifest.fingerprint)
-    store.forget(bytes(32))
-    assert (mine.exists(), others.exists(), parts.directory.exists()) == (False, True, False)
-
-
 def test_a_directory_that_cannot_be_made_is_named(model: Path, tmp_path: Path) -> None:
     (tmp_path / "slices").write_bytes(b"a file")
     with pytest.raises(StartupError, match=r"m-00001-0-1-.*\.gguf: cannot be written"):
