@@ -58,7 +58,7 @@ class Running:
         bias = tuple((token, -100.0) for token in range(model.info.n_vocab) if not 33 <= token <= 126)
         greedy = SamplingParams(temperature=0.0, logit_bias=bias)
         wanted = GenerateRequest("r", "", PROMPT, answer, greedy, cache_salt="apart")
-        return "".join([chr(out.token) async for out in model.supervisor.submit(wanted)])
+        return "".join([chr(token) async for part in model.supervisor.submit(wanted) for token in part.ids])
 
 
 @pytest.fixture
