@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 from fake_backend import FakeBackend, FakeLink
 
 from swarmcpp.core import FinishReason, GenerateRequest, Sampled, SamplingParams, Token, TokenPart
@@ -21,15 +19,6 @@ from swarmcpp.testing import FakeClock
 from swarmcpp.wire.engine import Submit, ToEngine
 
 GREEDY = SamplingParams(temperature=0.0)
-
-
-def stories_model() -> Path:
-    """The small trained model; skips the test where it is not at hand."""
-    beside = Path(__file__).parents[2] / "shared" / "models" / "stories260K.gguf"
-    path = Path(os.environ.get("SWARMCPP_STORIES", beside))
-    if not path.is_file():
-        pytest.skip("stories260K.gguf is not here; SWARMCPP_STORIES may name it")
-    return path
 
 
 def request(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from engine_support import stories_model
 from serve_client import http_session
 from serve_process import ServeProcess, serving
+from trained_models import trained_model
 
 from swarmcpp.llama.probe import probe
 from swarmcpp.models.synthetic import TINY, write_model
@@ -45,9 +45,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stories() -> Path:
+def trained() -> Path:
     """A GGUF of trained weights."""
-    return stories_model()
+    return trained_model()
 
 
 @pytest.fixture(scope="session")
@@ -59,11 +59,19 @@ def tiny_server(tiny: Path, new_data_dir: DataDirMaker) -> Iterator[ServeProcess
 
 
 @pytest.fixture(scope="session")
-def stories_server(stories: Path, new_data_dir: DataDirMaker) -> Iterator[ServeProcess]:
+def trained_server(trained: Path, new_data_dir: DataDirMaker) -> Iterator[ServeProcess]:
     """Trained weights in 8 slots of 2048 tokens; for tests that leave it as it was."""
-    with serving(stories, "--slots", "8", "--ctx-size", "2048", "--data-dir", str(new_data_dir())) as server:
+    with serving(trained, "--slots", "8", "--ctx-size", "2048", "--data-dir", str(new_data_dir())) as server:
         yield server
-        assert server.stderr == "loading stories260K.gguf\n"
+        assert server.stderr == "loading swarmcpp-guide.gguf\n"
+
+
+@pytest.fixture(scope="session")
+def unquantised_server(unquantised: Path, new_data_dir: DataDirMaker) -> Iterator[ServeProcess]:
+    """What one engine says that is never disturbed, in slots of 2048 tokens; for tests that leave it as it was."""
+    with serving(unquantised, "--slots", "4", "--ctx-size", "2048", "--data-dir", str(new_data_dir())) as server:
+        yield server
+        assert server.stderr == "loading unquantised.gguf\n"
 
 
 @pytest.fixture

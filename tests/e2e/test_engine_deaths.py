@@ -13,16 +13,14 @@ import aiohttp
 import pytest
 from serve_client import Body, Heard, ask, complete, completion, health, http_session, listen, until, until_health
 from serve_process import ServeProcess, alive, launched, serving, wait_until
+from trained_models import BEGINNINGS
 
 from swarmcpp.models.synthetic import Shape, write_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
 
 KILLS = 20
-TOKENS = 500
-PROMPTS = ("The dog ran to the big tree", "Tom saw a tree", "Mia went to the tree", "Sue saw a tree")
-"""Beginnings whose 500 greedy tokens come past no near tie: the best two tokens are never nearer than 0.016. What an
-engine computed token by token its successor computes in chunks, and that rounds differently."""
+TOKENS = 300
 
 ONLY_ASCII = {str(token): -100 for token in range(512) if not 33 <= token <= 126}
 """Of the synthetic vocabulary: every token becomes one character."""
@@ -80,11 +78,11 @@ async def stream_under_fire(server: ServeProcess, bodies: list[Body], seed: int)
 
 
 async def test_20_kills_change_no_text_of_a_trained_model(
-    stories: Path, data_dir: Path, http: aiohttp.ClientSession
+    unquantised: Path, data_dir: Path, http: aiohttp.ClientSession
 ) -> None:
     arguments = ("--slots", "4", "--ctx-size", "2048", "--data-dir", str(data_dir))
-    with serving(stories, *arguments) as server:
-        bodies = [completion(prompt, TOKENS) for prompt in PROMPTS]
+    with serving(unquantised, *arguments) as server:
+        bodies = [completion(prompt, TOKENS) for prompt in BEGINNINGS[:4]]
         expected = await asyncio.gather(*(complete(http, server.url, body) for body in bodies))
         killer, rounds = await stream_under_fire(server, bodies, seed=7)
         for heards in rounds:

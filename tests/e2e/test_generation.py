@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import aiohttp
 import pytest
 from serve_client import Body, Heard, ask, complete, completion, listen, until
-from serve_process import ServeProcess
+from serve_process import ServeProcess, serving
+from trained_models import BEGINNINGS, stories_model
 
 pytestmark = pytest.mark.e2e
 
@@ -18,34 +20,32 @@ GOLDEN = (
     " She wanted to play with it, but it was too high.\nLily's mom said, \"Lily, let's go to the park.\" Lily was sad"
     " and didn't know what to do"
 )
-"""The 100 greedy tokens of llama-server, built from the same source, after "Once upon a time"."""
+"""The 100 greedy tokens of llama-server with stories260K, built from the same source, after "Once upon a time"."""
 
 ONLY_ASCII = {str(token): -100 for token in range(512) if not 33 <= token <= 126}
 """For the synthetic vocabulary, whose first 256 tokens are bytes: every token becomes one visible character, so that
 equal texts are equal tokens. A bias of -100 is more than its random logits span."""
 
-STORIES = (
-    "The dog ran to the big tree",
-    "Ben went to the red car",
-    "Sue liked the big dog",
-    "Tom saw a tree",
-    "Mia saw a big dog",
-    "Mia went to the tree",
-    "Sue went to the big dog",
-    "Tim saw a big dog",
-)
-"""Beginnings after which the best and the second best token are never nearer than 0.02, in 300 greedy tokens. llama.cpp
-multiplies one row of F32 weights by another kernel than several, which rounds differently and may decide a near tie."""
 
-
-async def test_the_reference_text(stories_server: ServeProcess, http: aiohttp.ClientSession) -> None:
+async def test_the_reference_text(data_dir: Path, http: aiohttp.ClientSession) -> None:
     body = {"prompt": "Once upon a time", "max_tokens": 100, "temperature": 0}
-    status, answer = await ask(http, stories_server.url, body)
-    assert status == 200, answer
-    assert answer["choices"] == [{"index": 0, "text": GOLDEN, "finish_reason": "length", "logprobs": None}]
-    assert answer["usage"]["completion_tokens"] == 100
-    streamed = await listen(http, stories_server.url, body)
-    assert (streamed.text, streamed.finish, streamed.done) == (GOLDEN, "length", True)
+    with serving(stories_model(), "--slots", "2", "--data-dir", str(data_dir)) as server:
+        status, answer = await ask(http, server.url, body)
+        assert status == 200, answer
+        assert answer["choices"] == [{"index": 0, "text": GOLDEN, "finish_reason": "length", "logprobs": None}]
+        assert answer["usage"]["completion_tokens"] == 100
+        streamed = await listen(http, server.url, body)
+        assert (streamed.text, streamed.finish, streamed.done) == (GOLDEN, "length", True)
+
+
+async def test_a_stream_is_the_answer_in_pieces(trained_server: ServeProcess, http: aiohttp.ClientSession) -> None:
+    """Of a trained model, which ends its story itself."""
+    body = {"prompt": BEGINNINGS[0], "max_tokens": 300, "temperature": 0}
+    status, answer = await ask(http, trained_server.url, body)
+    assert (status, answer["choices"][0]["finish_reason"]) == (200, "stop"), answer
+    streamed = await listen(http, trained_server.url, body)
+    assert (streamed.text, streamed.finish, streamed.done) == (answer["choices"][0]["text"], "stop", True)
+    assert len(streamed.pieces) > 50
 
 
 def random_prompts(lengths: Sequence[int]) -> list[list[int]]:
@@ -92,7 +92,7 @@ async def test_long_prompts_of_random_weights_say_the_same_beside_seven_others(
 
 
 async def test_a_trained_model_says_the_same_beside_seven_others(
-    stories_server: ServeProcess, http: aiohttp.ClientSession
+    trained_server: ServeProcess, http: aiohttp.ClientSession
 ) -> None:
-    bodies = [completion(prompt, 200) for prompt in STORIES]
-    await assert_same_in_company(http, stories_server.url, bodies)
+    bodies = [completion(prompt, 60) for prompt in BEGINNINGS]
+    await assert_same_in_company(http, trained_server.url, bodies)

@@ -11,6 +11,7 @@ from cli_process import swarmcpp
 from serve_client import completion
 from serve_process import wait_until
 from swarm_process import Seat, SwarmNode, answer, ready
+from trained_models import TRAINED
 
 pytestmark = pytest.mark.e2e
 
@@ -32,50 +33,50 @@ async def refusal(http: aiohttp.ClientSession, where: SwarmNode) -> str:
 
 
 async def test_a_model_on_two_nodes(
-    stories: Path, new_data_dir: Callable[[], Path], http: aiohttp.ClientSession
+    trained: Path, new_data_dir: Callable[[], Path], http: aiohttp.ClientSession
 ) -> None:
     first, second = Seat("alpha", new_data_dir()), Seat("beta", new_data_dir())
     small = ("--memory", "100M", *FLAGS)
-    with ready(first, "serve", str(stories), "--swarm", "--layers", "0-3", *small) as alpha:
-        missing = "layers 3-5 of 5 are on no node that runs now; memory is what is missing: they need "
+    with ready(first, "serve", str(trained), "--swarm", "--layers", "0-7", *small) as alpha:
+        missing = "layers 7-12 of 12 are on no node that runs now; memory is what is missing: they need "
         assert missing in await refusal(http, alpha) and missing in alpha.stdout
         assert missing in alpha.get("/health/ready")[1]["detail"]
         row = alpha.row("alpha")
-        assert (row["ranges"], row["role"], row["n_layers"], row["slots"]) == (["0-3"], "stage", 5, 2)
+        assert (row["ranges"], row["role"], row["n_layers"], row["slots"]) == (["0-7"], "stage", 12, 2)
         # Without the first layer and without the model's file it cannot answer requests itself.
-        with ready(second, "join", alpha.token, "--layers", "3-5", *small) as beta:
+        with ready(second, "join", alpha.token, "--layers", "7-12", *small) as beta:
             wait_until(lambda: alpha.get("/health/ready")[0] == 200, "alpha sees beta's layers")
             # Of one token: the stages are free again before the node has it.
             for count in (1, 8):
                 found = await answer(http, alpha, completion(PROMPT, count))
-                assert found.route == "stages alpha 0-3, beta 3-5"
+                assert found.route == "stages alpha 0-7, beta 7-12"
             wait_until(lambda: beta.row("alpha").get("role") == "head", "beta sees that alpha answers")
             assert (await answer(http, beta, completion(PROMPT, 8))).route == "peer alpha"
             assert beta.get("/health/ready")[0] == 200
             rows = [(row["name"], row["ranges"], row["role"], row["slots"]) for row in alpha.swarm()["nodes"]]
-            assert rows == [("alpha", ["0-3"], "head", 2), ("beta", ["3-5"], "stage", 2)]
+            assert rows == [("alpha", ["0-7"], "head", 2), ("beta", ["7-12"], "stage", 2)]
             code, said = planned(alpha, "--with", "desk=16G")
-            assert code == 0 and "stories260K: 5 layers, 2 slots of 512 tokens, with desk\n" in said
+            assert code == 0 and f"{TRAINED}: 12 layers, 2 slots of 512 tokens, with desk\n" in said
             assert "desk holds the whole model" in said and "Adding desk makes answers" in said
             code, said = planned(alpha, "--with", "beta")
-            assert code == 2 and said.startswith("error: with 'beta': that node serves 'stories260K' already")
+            assert code == 2 and said.startswith(f"error: with 'beta': that node serves '{TRAINED}' already")
             assert said.count("\n") == 1
 
 
 async def test_a_request_that_runs_shows_its_stages(
-    stories: Path, new_data_dir: Callable[[], Path], http: aiohttp.ClientSession
+    trained: Path, new_data_dir: Callable[[], Path], http: aiohttp.ClientSession
 ) -> None:
-    with ready(Seat("alpha", new_data_dir()), "serve", str(stories), "--swarm", "--layers", "0-5", *FLAGS) as alpha:
+    with ready(Seat("alpha", new_data_dir()), "serve", str(trained), "--swarm", "--layers", "0-12", *FLAGS) as alpha:
         body = completion(PROMPT, 400, stream=True, ignore_eos=True)
         async with http.post(f"{alpha.url}/v1/completions", json=body) as response:
-            assert response.headers["x-swarm-route"] == "stages alpha 0-5"
-            assert [row["route"] for row in alpha.swarm()["requests"]] == ["stages alpha 0-5"]
+            assert response.headers["x-swarm-route"] == "stages alpha 0-12"
+            assert [row["route"] for row in alpha.swarm()["requests"]] == ["stages alpha 0-12"]
 
 
-def test_a_node_with_the_whole_model_plans_too(stories: Path, new_data_dir: Callable[[], Path]) -> None:
-    with ready(Seat("alpha", new_data_dir()), "serve", str(stories), *FLAGS) as alpha:
+def test_a_node_with_the_whole_model_plans_too(trained: Path, new_data_dir: Callable[[], Path]) -> None:
+    with ready(Seat("alpha", new_data_dir()), "serve", str(trained), *FLAGS) as alpha:
         # The offer follows the ready line at once, but follows it.
         wait_until(lambda: alpha.row("alpha")["role"] == "replica", "it offers its model")
-        assert alpha.row("alpha")["ranges"] == ["0-5"]
+        assert alpha.row("alpha")["ranges"] == ["0-12"]
         code, said = planned(alpha, "--with", "1M")
         assert code == 0 and "alpha holds the whole model" in said and "new-1M stays out: it has 2 MB" in said

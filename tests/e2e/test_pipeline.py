@@ -12,6 +12,7 @@ from pipeline_process import FLAGS, Pipeline, listen_all, pipeline
 from serve_client import Body, complete, completion
 from serve_process import ServeProcess, serving
 from swarm_process import answer
+from trained_models import BEGINNINGS
 
 from swarmcpp.models.slicing import ARCHITECTURES
 from swarmcpp.models.synthetic import Architecture, Shape, write_model
@@ -21,35 +22,23 @@ pytestmark = pytest.mark.e2e
 ONLY_ASCII = {str(token): -100 for token in range(512) if not 33 <= token <= 126}
 """Of the synthetic vocabulary: every token becomes one character."""
 
-STORIES = (
-    "The dog ran to the big tree",
-    "Ben went to the red car",
-    "Sue liked the big dog",
-    "Tom saw a tree",
-    "Mia saw a big dog",
-    "Mia went to the tree",
-    "Sue went to the big dog",
-    "Tim saw a big dog",
-)
-"""Beginnings whose 200 greedy tokens come past no near tie (see test_generation)."""
-
-TOKENS = 200
+TOKENS = 100
 BLOCK_TOKENS = 64
 
 DataDirMaker = Callable[[], Path]
 
 
-@pytest.fixture(scope="module", params=[("0-3", "3-5"), ("0-2", "2-4", "4-5")], ids=["two stages", "three stages"])
-def stages(request: pytest.FixtureRequest, stories: Path, new_data_dir: DataDirMaker) -> Iterator[Pipeline]:
-    with pipeline(stories, new_data_dir, request.param) as whole:
+@pytest.fixture(scope="module", params=[("0-7", "7-12"), ("0-4", "4-10", "10-12")], ids=["two stages", "three stages"])
+def stages(request: pytest.FixtureRequest, trained: Path, new_data_dir: DataDirMaker) -> Iterator[Pipeline]:
+    with pipeline(trained, new_data_dir, request.param) as whole:
         yield whole
 
 
 async def test_stages_say_what_one_engine_says(
-    stages: Pipeline, stories_server: ServeProcess, http: aiohttp.ClientSession
+    stages: Pipeline, trained_server: ServeProcess, http: aiohttp.ClientSession
 ) -> None:
-    bodies = [completion(text, TOKENS) for text in STORIES]
-    expected = [await complete(http, stories_server.url, body) for body in bodies]
+    bodies = [completion(text, TOKENS) for text in BEGINNINGS]
+    expected = [await complete(http, trained_server.url, body) for body in bodies]
     assert len(set(expected)) == len(bodies)
     assert [await complete(http, stages["Ann"].url, body) for body in bodies[:3]] == expected[:3]
     assert await listen_all(http, stages["Ann"].url, bodies) == expected
@@ -58,15 +47,15 @@ async def test_stages_say_what_one_engine_says(
 
 def told(story: str) -> str:
     """A prompt of more than two blocks."""
-    return f"{story}. " + " ".join(f"{each}." for each in STORIES * 3)
+    return f"{story} {' '.join(BEGINNINGS * 3)}"
 
 
 async def test_what_stages_have_read_they_need_not_read_again(
-    stages: Pipeline, stories_server: ServeProcess, http: aiohttp.ClientSession
+    stages: Pipeline, trained_server: ServeProcess, http: aiohttp.ClientSession
 ) -> None:
     """Asked twice, beside others, and after the nodes with the later layers came back."""
-    bodies = [completion(told(text), 100) for text in STORIES[:2]]
-    expected = [await complete(http, stories_server.url, body) for body in bodies]
+    bodies = [completion(told(text), 100) for text in BEGINNINGS[:2]]
+    expected = [await complete(http, trained_server.url, body) for body in bodies]
     for body, text in zip(bodies, expected, strict=True):
         cold, warm = [await answer(http, stages["Ann"], body) for _ in range(2)]
         assert (cold.text, warm.text) == (text, text)

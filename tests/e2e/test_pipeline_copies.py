@@ -36,17 +36,19 @@ def resumed_at(trio: Pipeline) -> list[int]:
 
 @pytest.mark.parametrize("setting", ["on", "off"])
 async def test_a_double_goes_on_from_copies(
-    stories: Path, new_data_dir: Callable[[], Path], stories_server: ServeProcess, setting: str
+    unquantised: Path, new_data_dir: Callable[[], Path], unquantised_server: ServeProcess, setting: str
 ) -> None:
     env = {"SWARMCPP_INFERENCE_REPLICATE_KV": setting}
     with nodes(new_data_dir) as trio:
-        ann = trio.start("Ann", "serve", str(stories), "--layers", "0-3", "-vv", *FLAGS, env=env)
+        ann = trio.start("Ann", "serve", str(unquantised), "--layers", "0-7", "-vv", *FLAGS, env=env)
         for name in ("Bob", "Cid"):
-            trio.launch(name, "join", ann.token, "--layers", "3-5", "--model", str(stories), "-vv", *FLAGS, env=env)
+            trio.launch(
+                name, "join", ann.token, "--layers", "7-12", "--model", str(unquantised), "-vv", *FLAGS, env=env
+            )
         for name in ("Bob", "Cid"):
             trio[name].wait_ready()
         for name in ("Ann", "Bob", "Cid"):
-            trio.wait_ranges(name, Ann="0-3", Bob="3-5", Cid="3-5")
+            trio.wait_ranges(name, Ann="0-7", Bob="7-12", Cid="7-12")
         trio.wait_answers("Ann")
         async with aiohttp.ClientSession() as http:
             body, heard = completion(PROMPT, TOKENS), Heard()
@@ -60,7 +62,7 @@ async def test_a_double_goes_on_from_copies(
             trio[name].process.kill()
             trio[name].process.wait()
             await task
-            assert heard.text == await complete(http, stories_server.url, body)
+            assert heard.text == await complete(http, unquantised_server.url, body)
         (at,) = resumed_at(trio)
         if setting == "on":
             assert at >= 192

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -14,17 +13,17 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
+from environment import KILLS
 from pipeline_process import Pipeline, pipeline
 from serve_client import Heard, complete, completion, listen, until
 from serve_process import ServeProcess
 from swarm_process import SwarmNode
+from trained_models import BEGINNINGS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
 
-KILLS = int(os.environ.get("SWARMCPP_E2E_KILLS", "6"))
-TOKENS = 500
-PROMPTS = ("The dog ran to the big tree", "Tom saw a tree", "Mia went to the tree", "Sue saw a tree")
-"""Beginnings whose 500 greedy tokens come past no near tie (see test_engine_deaths)."""
+TOKENS = 300
+PROMPTS = BEGINNINGS[:4]
 
 PAUSE_S = 12.0
 """A stage that says nothing for 3 s is taken for lost; the rest is for a machine that does other things."""
@@ -33,20 +32,20 @@ DataDirMaker = Callable[[], Path]
 
 
 @pytest.fixture(scope="module")
-def trio(stories: Path, new_data_dir: DataDirMaker) -> Iterator[Pipeline]:
+def trio(unquantised: Path, new_data_dir: DataDirMaker) -> Iterator[Pipeline]:
     """Ann is the head; Bob and Cid hold the same later layers. Cid has a copy of the model."""
-    with pipeline(stories, new_data_dir, ("0-3", "3-5", "3-5"), copies=("Cid",)) as whole:
+    with pipeline(unquantised, new_data_dir, ("0-7", "7-12", "7-12"), copies=("Cid",)) as whole:
         yield whole
 
 
 @pytest.fixture(scope="module")
-def texts(stories_server: ServeProcess) -> list[str]:
+def texts(unquantised_server: ServeProcess) -> list[str]:
     """What one engine says after the prompts."""
 
     async def tell() -> list[str]:
         async with aiohttp.ClientSession() as http:
             bodies = [completion(prompt, TOKENS) for prompt in PROMPTS]
-            return [await complete(http, stories_server.url, body) for body in bodies]
+            return [await complete(http, unquantised_server.url, body) for body in bodies]
 
     return asyncio.run(tell())
 

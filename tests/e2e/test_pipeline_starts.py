@@ -12,6 +12,7 @@ from pipeline_process import FLAGS, Pipeline, nodes, pipeline
 from serve_client import Heard, ask, complete, completion, listen, until
 from serve_process import ServeProcess
 from swarm_process import Seat, answer, belong, refused
+from trained_models import BEGINNINGS
 
 from swarmcpp.models.slicing import write_slice
 from swarmcpp.models.synthetic import Shape, write_model
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.e2e
 
 SHAPE = Shape("tiny", "llama", 5, 64, 4, 2, 128, 512, 512)
 SMALL = ("--slots", "2", "--ctx-size", "512")
-PROMPT = "Tom saw a tree"
+PROMPT = BEGINNINGS[0]
 
 DataDirMaker = Callable[[], Path]
 
@@ -118,16 +119,18 @@ async def test_the_same_layers_of_different_files(
 
 
 @pytest.fixture(scope="module")
-def heads(stories: Path, new_data_dir: DataDirMaker) -> Iterator[Pipeline]:
+def heads(unquantised: Path, new_data_dir: DataDirMaker) -> Iterator[Pipeline]:
     """Ann and Bob have the first layers, Cid the others."""
-    with pipeline(stories, new_data_dir, ("0-3", "0-3", "3-5"), *FLAGS) as whole:
+    with pipeline(unquantised, new_data_dir, ("0-7", "0-7", "7-12"), *FLAGS) as whole:
         whole.wait_answers("Bob")
         yield whole
 
 
-async def test_every_node_answers(heads: Pipeline, stories_server: ServeProcess, http: aiohttp.ClientSession) -> None:
+async def test_every_node_answers(
+    heads: Pipeline, unquantised_server: ServeProcess, http: aiohttp.ClientSession
+) -> None:
     body = completion(PROMPT, 200)
-    expected = await complete(http, stories_server.url, body)
+    expected = await complete(http, unquantised_server.url, body)
     for name in heads.nodes:
         found = await answer(http, heads[name], body)
         assert found.text == expected
@@ -135,11 +138,11 @@ async def test_every_node_answers(heads: Pipeline, stories_server: ServeProcess,
 
 
 async def test_a_head_that_dies_in_mid_answer(
-    heads: Pipeline, stories_server: ServeProcess, http: aiohttp.ClientSession
+    heads: Pipeline, unquantised_server: ServeProcess, http: aiohttp.ClientSession
 ) -> None:
     """Cid asked it for its own clients; the other head goes on."""
-    body = completion(PROMPT, 500)
-    expected = await complete(http, stories_server.url, body)
+    body = completion(PROMPT, 300)
+    expected = await complete(http, unquantised_server.url, body)
     heard = Heard()
     task = asyncio.create_task(listen(http, heads["Cid"].url, body, heard))
     await until(lambda: heard.chars > 50 or task.done(), "some text", pause_s=0.001)

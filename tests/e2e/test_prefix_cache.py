@@ -382,11 +382,11 @@ STORY = (
 )
 NAMES = ("Tom", "Mia", "Ben", "Sue", "Max", "Anna", "Tim", "Sara", "Jack", "Lucy")
 DEEDS = ("went to the park", "found a big box", "saw a red bird", "was very happy", "wanted to eat cake")
-PAIRS = [(name, deed, other) for name in NAMES for deed in DEEDS for other in ("Mom", "Dad", "The cat", "The sun")]
+PAIRS = [(name, deed, other) for name in NAMES for deed in DEEDS for other in ("Mom", "The cat")]
 
 
 async def test_two_hundred_answers_with_and_without_the_cache(
-    stories: Path, data: Path, http: aiohttp.ClientSession
+    trained: Path, data: Path, http: aiohttp.ClientSession
 ) -> None:
     """A prompt after another one with the same beginning, against the same prompt where nothing is reused."""
     shape = ("--slots", "4", "--ctx-size", "512", "--data-dir", str(data), "--cache-size", "32M")
@@ -394,7 +394,7 @@ async def test_two_hundred_answers_with_and_without_the_cache(
 
     async def answer(server: ServeProcess, text: str) -> tuple[str, int]:
         async with gate:
-            body = {"prompt": text, "max_tokens": 24, "temperature": 0}
+            body = {"prompt": text, "max_tokens": 16, "temperature": 0}
             status, found = await ask(http, server.url, body)
         assert status == 200, found
         return found["choices"][0]["text"], found["usage"]["prompt_tokens_details"]["cached_tokens"]
@@ -406,15 +406,15 @@ async def test_two_hundred_answers_with_and_without_the_cache(
         return first, second, cached
 
     env = {"SWARMCPP_INFERENCE_PREFIX_CACHE_ENABLED": "false"}
-    with serving(stories, *shape, env=env) as server:
+    with serving(trained, *shape, env=env) as server:
         without = await asyncio.gather(*(pair(server, *names) for names in PAIRS))
-    with serving(stories, *shape) as server:
+    with serving(trained, *shape) as server:
         cached = await asyncio.gather(*(pair(server, *names) for names in PAIRS))
-    assert len(PAIRS) == 200
+    assert len(PAIRS) == 100
     assert {found for *_, found in without} == {0}
     assert min(found for *_, found in cached) >= 64, "every second prompt is a hit"
     same = sum(a[:2] == b[:2] for a, b in zip(without, cached, strict=True))
-    assert same >= 198, f"{same} of 200 pairs are the same"
+    assert same >= 99, f"{same} of 100 pairs are the same"
 
 
 async def test_a_server_that_is_killed_while_it_stores_is_no_obstacle(

@@ -19,6 +19,7 @@ from cli_process import swarmcpp
 from serve_client import Body, completion
 from serve_process import wait_until
 from swarm_process import HOST, ONLY_ASCII, SLOW, Seat, Swarm, SwarmNode, answer, node, ready, refusal, refused, swarm
+from trained_models import BEGINNINGS, TRAINED
 
 from swarmcpp.commands.swarm import DEFAULT_PORT
 from swarmcpp.models.synthetic import TINY, write_model
@@ -30,7 +31,6 @@ FLAGS = ("--slots", "2", "--ctx-size", "1024")
 PROMPT_TOKENS = 600
 BLOCK_TOKENS = 64
 PEER_TOKENS = 'swarmcpp_prompt_tokens_cached_total{tier="peer"}'
-PROMPTS = ("The dog ran to the big tree", "Tom saw a tree", "Mia went to the tree", "Sue saw a tree")
 
 DataDirMaker = Callable[[], Path]
 
@@ -56,9 +56,9 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def three(slow: Path, stories: Path, new_data_dir: DataDirMaker) -> Iterator[Swarm]:
-    """Ann and Bob serve the slow model, Cid the stories; for tests that leave them as they were."""
-    models = {"Ann": slow, "Bob": slow, "Cid": stories}
+def three(slow: Path, trained: Path, new_data_dir: DataDirMaker) -> Iterator[Swarm]:
+    """Ann and Bob serve the slow model, Cid the trained one; for tests that leave them as they were."""
+    models = {"Ann": slow, "Bob": slow, "Cid": trained}
     seats = {name: Seat(name, new_data_dir()) for name in models}
     with swarm(models, seats, *FLAGS) as whole:
         yield whole
@@ -170,10 +170,10 @@ async def test_any_node_answers_for_any_model(three: Swarm, http: aiohttp.Client
     for each in three.nodes.values():
         status, found = each.get("/v1/models")
         assert status == 200
-        assert sorted(model["id"] for model in found["data"]) == ["slow", "stories260K"]
-    for text in PROMPTS:
-        there = await answer(http, ann, completion(text, 200, model="stories260K"))
-        here = await answer(http, cid, completion(text, 200, model="stories260K"))
+        assert sorted(model["id"] for model in found["data"]) == ["slow", TRAINED]
+    for text in BEGINNINGS[:4]:
+        there = await answer(http, ann, completion(text, 200, model=TRAINED))
+        here = await answer(http, cid, completion(text, 200, model=TRAINED))
         assert (there.route, here.route) == ("peer Cid", "local")
         assert there.text == here.text != ""
         assert there.prompt_tokens == here.prompt_tokens
@@ -268,7 +268,7 @@ def test_commands_of_a_running_swarm(three: Swarm) -> None:
     assert {name: (row["status"], row["model"]) for name, row in rows.items()} == {
         "Ann": ("alive", "slow"),
         "Bob": ("alive", "slow"),
-        "Cid": ("alive", "stories260K"),
+        "Cid": ("alive", TRAINED),
     }
     assert [name for name, row in rows.items() if row["is_self"]] == ["Ann"]
     assert rows["Bob"]["rtt_s"] > 0 and rows["Bob"]["trust"] >= 0.5

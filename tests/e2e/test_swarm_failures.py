@@ -14,15 +14,15 @@ import aiohttp
 import pytest
 from serve_client import Body, Heard, ask, completion, listen, until, until_health
 from swarm_process import ONLY_ASCII, SLOW, Seat, Swarm, answer, http_with_routes, ready, swarm
+from trained_models import BEGINNINGS
 
 from swarmcpp.models.synthetic import write_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
 
 KILLS = 10
-TOKENS = 500
-PROMPTS = ("The dog ran to the big tree", "Tom saw a tree", "Mia went to the tree", "Sue saw a tree")
-"""Beginnings whose 500 greedy tokens come past no near tie (see test_engine_deaths)."""
+TOKENS = 300
+PROMPTS = BEGINNINGS[:4]
 
 PAUSE_S = 8.0
 """The silence after which a node is taken for lost is 2 s; the rest is for a machine that does other things."""
@@ -31,14 +31,14 @@ DataDirMaker = Callable[[], Path]
 
 
 def story(text: str) -> Body:
-    return completion(text, TOKENS, model="stories260K")
+    return completion(text, TOKENS, model="unquantised")
 
 
 @pytest.fixture(scope="module")
-def three(stories: Path, tmp_path_factory: pytest.TempPathFactory, new_data_dir: DataDirMaker) -> Iterator[Swarm]:
-    """Ann and Cid serve the stories; Bob, who serves another model, asks them for his clients."""
+def three(unquantised: Path, tmp_path_factory: pytest.TempPathFactory, new_data_dir: DataDirMaker) -> Iterator[Swarm]:
+    """Ann and Cid serve the trained model; Bob, who serves another model, asks them for his clients."""
     slow = write_model(tmp_path_factory.mktemp("model") / "slow.gguf", SLOW, quant="F16")
-    models = {"Ann": stories, "Bob": slow, "Cid": stories}
+    models = {"Ann": unquantised, "Bob": slow, "Cid": unquantised}
     seats = {name: Seat(name, new_data_dir()) for name in models}
     with swarm(models, seats, "--slots", "4", "--ctx-size", "2048") as whole:
         yield whole

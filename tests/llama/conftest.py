@@ -1,4 +1,4 @@
-"""Real llama.cpp: a tiny random model, and the small trained one where it is at hand."""
+"""Real llama.cpp: a tiny random model and the trained one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_support import stories_model
 from llama_support import BackendMaker
+from trained_models import trained_model
 
 from swarmcpp.llama.backend import LlamaBackend
 from swarmcpp.llama.context import Context, ContextOptions, Model
@@ -28,8 +28,8 @@ def tiny(tiny_path: Path) -> Iterator[Model]:
 
 
 @pytest.fixture(scope="session")
-def stories() -> Iterator[Model]:
-    model = Model(stories_model(), use_extra_bufts=False)
+def trained() -> Iterator[Model]:
+    model = Model(trained_model(), use_extra_bufts=False)
     yield model
     model.close()
 

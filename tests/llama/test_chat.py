@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from engine_support import stories_model
+from trained_models import trained_model
 
 from swarmcpp.core import ChatMessage
 from swarmcpp.errors import BadRequest
@@ -174,7 +174,7 @@ def test_bos_is_never_doubled(adds_bos: bool, template: str) -> None:
 
 
 def test_bos_of_a_real_vocabulary_is_there_once() -> None:
-    model = VocabModel(stories_model())
+    model = VocabModel(trained_model())
     try:
         assert model.vocab.adds_bos
         for template in ("{{ bos_token }}{{ messages[0].content }}", "{{ messages[0].content }}"):

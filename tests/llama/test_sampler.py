@@ -38,10 +38,10 @@ def test_a_seed_decides(backend: LlamaBackend) -> None:
 @pytest.mark.parametrize("seed", [0, 1, 42])
 @pytest.mark.parametrize("sampling", [SamplingParams(), WARM, replace(WARM, top_p=0.5, repeat_penalty=1.2)])
 def test_a_resumed_request_goes_on_with_its_random_numbers(
-    stories: Model, backend_on: BackendMaker, sampling: SamplingParams, seed: int
+    trained: Model, backend_on: BackendMaker, sampling: SamplingParams, seed: int
 ) -> None:
-    backend = backend_on(stories, n_seqs=1)
-    prompt = stories.vocab.tokenize("Once upon a time", add_special=True, parse_special=False)
+    backend = backend_on(trained, n_seqs=1)
+    prompt = trained.vocab.tokenize("Once upon a time", add_special=True, parse_special=False)
     sampling = replace(sampling, seed=seed)
     whole = generate(backend, prompt, 24, sampling)
     for done in (1, 2, 5, 13):
@@ -98,9 +98,9 @@ def test_penalties_look_back_into_the_prompt(backend: LlamaBackend, last_n: int,
     assert (generate(backend, prompt, 1, params) != [77]) == seen
 
 
-def test_a_repeat_penalty_breaks_a_loop(stories: Model, backend_on: BackendMaker) -> None:
-    backend = backend_on(stories, n_seqs=1)
-    prompt = stories.vocab.tokenize("the the the the the", add_special=True, parse_special=False)
+def test_a_repeat_penalty_breaks_a_loop(trained: Model, backend_on: BackendMaker) -> None:
+    backend = backend_on(trained, n_seqs=1)
+    prompt = trained.vocab.tokenize("the the the the the", add_special=True, parse_special=False)
     plain = generate(backend, prompt, 60, GREEDY)
     fresh = generate(backend, prompt, 60, replace(GREEDY, repeat_penalty=1.5, repeat_last_n=64))
     assert len(set(fresh)) > len(set(plain))

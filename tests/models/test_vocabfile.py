@@ -8,9 +8,9 @@ from pathlib import Path
 
 import gguf
 import pytest
-from engine_support import stories_model
 from hypothesis import given
 from hypothesis import strategies as st
+from trained_models import trained_model, write_sentencepiece
 
 from swarmcpp.errors import BadModel
 from swarmcpp.llama.vocab import VocabModel
@@ -26,9 +26,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("vocab") / "tiny.gguf", TINY, quant="Q8_0")
 
 
-@pytest.fixture(params=["tiny", "stories"])
-def model(request: pytest.FixtureRequest, tiny: Path) -> Path:
-    return tiny if request.param == "tiny" else stories_model()
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sentencepiece(tmp_path_factory.mktemp("vocab") / "sentencepiece.gguf")
+
+
+@pytest.fixture(params=["tiny", "trained", "sentencepiece"])
+def model(request: pytest.FixtureRequest, tiny: Path, sentencepiece: Path) -> Path:
+    return {"tiny": tiny, "trained": trained_model(), "sentencepiece": sentencepiece}[request.param]
 
 
 def metadata_end(path: Path) -> int:

@@ -11,8 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from engine_support import prompt_of, sampled_of, stories_model
+from engine_support import prompt_of, sampled_of
 from pipeline_support import GREEDY, N_CTX, N_VOCAB, Rendezvous, Swarm, ThreadStage, policy, until
+from trained_models import BEGINNINGS, TRAINED_LAYERS, trained_model
 
 from swarmcpp.core import GenerateRequest, SamplingParams, TokenPart
 from swarmcpp.errors import Cancelled, NotReady, PeerLost, PromptTooLong, QueueFull, StageFailed
@@ -89,11 +90,10 @@ async def test_eight_streams_have_the_tokens_of_the_whole_model(
 
 
 async def test_a_trained_model_tells_the_same_stories(swarm_of: SwarmMaker, whole: Whole) -> None:
-    path = stories_model()
-    swarm = swarm_of((0, 2, 5), path=path)
+    path = trained_model()
+    swarm = swarm_of((0, 5, TRAINED_LAYERS), path=path)
     vocab = swarm._models[-1].vocab
-    texts = ["Once upon a time", "Lily and her dog", "The sun", "Tom was sad because"]
-    prompts = [vocab.tokenize(text, add_special=True, parse_special=False) for text in texts]
+    prompts = [vocab.tokenize(text, add_special=True, parse_special=False) for text in BEGINNINGS[:4]]
     requests = [request(0, 200, seed, SamplingParams(temperature=0.0), prompt) for seed, prompt in enumerate(prompts)]
     async with head(swarm) as conductor:
         told = await run(conductor, requests)
