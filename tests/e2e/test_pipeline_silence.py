@@ -15,28 +15,28 @@ import pytest
 from pipeline_process import Pipeline, pipeline
 from serve_client import Heard, complete, completion, listen, until
 from serve_process import ServeProcess
+from trained_models import BEGINNINGS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
 
 DataDirMaker = Callable[[], Path]
 
-WORDS = "The dog ran to the big tree and saw a cat in the sun. "
 TOKENS = 30
 PAUSE_S = 12.0
 """A stage that says nothing for 3 s is taken for lost; the rest is for a machine that does other things."""
 
 
 @pytest.fixture
-def trio(stories: Path, new_data_dir: DataDirMaker) -> Iterator[Pipeline]:
+def trio(unquantised: Path, new_data_dir: DataDirMaker) -> Iterator[Pipeline]:
     """Ann is the head; Bob and Cid hold the same later layers."""
-    with pipeline(stories, new_data_dir, ("0-3", "3-5", "3-5"), copies=("Cid",)) as whole:
+    with pipeline(unquantised, new_data_dir, ("0-7", "7-12", "7-12"), copies=("Cid",)) as whole:
         yield whole
 
 
 async def stage_in_use(trio: Pipeline, http: aiohttp.ClientSession) -> str:
     """Which of the two a request goes through now."""
     heard = Heard()
-    running = asyncio.create_task(listen(http, trio["Ann"].url, completion("Tom saw a tree", 200), heard))
+    running = asyncio.create_task(listen(http, trio["Ann"].url, completion(BEGINNINGS[0], 200), heard))
     await until(lambda: bool(heard.pieces), "text")
     name = trio.in_use("Bob", "Cid")[0]
     await running
@@ -45,7 +45,7 @@ async def stage_in_use(trio: Pipeline, http: aiohttp.ClientSession) -> str:
 
 
 async def test_the_first_pass_of_a_size_that_is_not_answered(
-    trio: Pipeline, stories_server: ServeProcess, http: aiohttp.ClientSession
+    trio: Pipeline, unquantised_server: ServeProcess, http: aiohttp.ClientSession
 ) -> None:
     """Nothing is known of how long such a pass takes, at the head and at the hop, which must not give up in the wrong
     order: the head, which is next to its own stage, would name that."""
@@ -57,10 +57,10 @@ async def test_the_first_pass_of_a_size_that_is_not_answered(
     hung.suspend()
     try:
         for times in range(1, 6):
-            body = completion(WORDS * times, TOKENS)
+            body = completion(" ".join(BEGINNINGS[:times]), TOKENS)
             heard = await listen(http, trio["Ann"].url, body, Heard())
             assert (heard.finish, heard.done, heard.error) == ("length", True, None)
-            assert heard.text == await complete(http, stories_server.url, body)
+            assert heard.text == await complete(http, unquantised_server.url, body)
             assert heard.longest_gap_s < PAUSE_S
             if failovers := trio.failovers("Ann"):
                 break
