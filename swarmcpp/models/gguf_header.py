@@ -10,6 +10,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import math
 import mmap
 import stat
 import struct
@@ -95,10 +96,7 @@ class TensorInfo:
     @property
     def n_elements(self) -> int:
         """Product of `shape`; 1 for a scalar."""
-        product = 1
-        for size in self.shape:
-            product *= size
-        return product
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +106,8 @@ class GgufHeader:
     path: Path
     version: int
     metadata: dict[str, Value]
+    pairs: dict[str, slice]
+    """Where in the file each key of the metadata is with its value."""
     tensors: tuple[TensorInfo, ...]
     data_offset: int
     file_size: int
@@ -128,7 +128,7 @@ def read_header(path: Path) -> GgufHeader:
     another process truncates in these milliseconds is the one thing that is not caught.
     """
     with _mapped(path) as data:
-        return _Parser(path, data).header()
+        return Parser(path, data).header()
 
 
 @contextmanager
@@ -153,27 +153,43 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
         raise BadModel(f"{path}: cannot be read ({error}); check the path and the disk") from None
 
 
-class _Parser:
+class Parser:
     """One pass over a header. `_at` is the position of the next unread byte."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
+    def __init__(self, path: Path, data: mmap.mmap | bytes) -> None:
         self._path = path
         self._data = data
         self._size = len(data)
         self._at = 0
+        self.version = 0
+        self.n_tensors = 0
+        self.pairs: dict[str, slice] = {}
+        """See `GgufHeader.pairs`."""
 
     def header(self) -> GgufHeader:
-        version = self._preamble()
-        n_tensors = self._u64("the tensor count")
-        n_pairs = self._u64("the metadata count")
-        self._bound(n_tensors, MIN_TENSOR_BYTES, "tensors", MAX_TENSORS)
-        self._bound(n_pairs, MIN_PAIR_BYTES, "metadata pairs", MAX_PAIRS)
-        metadata = self._metadata(n_pairs)
+        metadata = self.metadata()
+        self._bound(self.n_tensors, MIN_TENSOR_BYTES, "tensors", MAX_TENSORS)
         alignment = self._alignment(metadata)
-        entries = self._tensor_entries(n_tensors)
+        entries = self._tensor_entries(self.n_tensors)
         data_offset = _align(self._at, alignment)
         tensors = self._place(entries, data_offset, alignment)
-        return GgufHeader(self._path, version, metadata, tensors, data_offset, self._size, alignment)
+        return GgufHeader(self._path, self.version, metadata, self.pairs, tensors, data_offset, self._size, alignment)
+
+    def metadata(self) -> dict[str, Value]:
+        """All that comes before the tensors. To be called once. Raises BadModel."""
+        self.version = self._preamble()
+        self.n_tensors = self._u64("the tensor count")
+        n_pairs = self._u64("the metadata count")
+        self._bound(n_pairs, MIN_PAIR_BYTES, "metadata pairs", MAX_PAIRS)
+        metadata: dict[str, Value] = {}
+        for index in range(n_pairs):
+            start = self._at
+            key = self._string(f"key {index} of {n_pairs}", MAX_KEY_BYTES)
+            if key in metadata:
+                self._fail(f"has the metadata key {_shown(key)} twice; {_DAMAGED}", at=start)
+            metadata[key] = self._value(_shown(key), self._u32(f"the type of {_shown(key)}"))
+            self.pairs[key] = slice(start, self._at)
+        return metadata
 
     def _preamble(self) -> int:
         if self._data[:4] != MAGIC:
@@ -189,16 +205,6 @@ class _Parser:
         if version not in SUPPORTED_VERSIONS:
             self._fail(f"has GGUF version {version}, supported are 2 and 3; convert the model again", at=4)
         return version
-
-    def _metadata(self, n_pairs: int) -> dict[str, Value]:
-        metadata: dict[str, Value] = {}
-        for index in range(n_pairs):
-            start = self._at
-            key = self._string(f"key {index} of {n_pairs}", MAX_KEY_BYTES)
-            if key in metadata:
-                self._fail(f"has the metadata key {_shown(key)} twice; {_DAMAGED}", at=start)
-            metadata[key] = self._value(_shown(key), self._u32(f"the type of {_shown(key)}"))
-        return metadata
 
     def _value(self, key: str, kind: int) -> Value:
         """The next value; `key` is its name as errors show it."""
@@ -244,9 +250,9 @@ class _Parser:
             for _ in range(length):
                 at += 8 + length_at(data, at)[0]
         except (struct.error, OverflowError):
-            at = self._size + 1
+            at = max(at + 8, self._size + 1)
         if at > self._size:
-            self._fail(f"ends inside the strings of {key}; {_DAMAGED}", at=self._at)
+            self._ends(f"ends inside the strings of {key}; {_DAMAGED}", at)
         self._at = at
 
     def _alignment(self, metadata: dict[str, Value]) -> int:
@@ -335,9 +341,10 @@ class _Parser:
         """Start of the next `n_bytes`, which are then read."""
         start = self._at
         if n_bytes > self._size - start:
-            self._fail(
+            self._ends(
                 f"is truncated: it ends inside {what} (needs {n_bytes} bytes at byte {start}, the file has "
-                f"{self._size}); the download is incomplete: download it again"
+                f"{self._size}); the download is incomplete: download it again",
+                start + n_bytes,
             )
         self._at = start + n_bytes
         return start
@@ -347,7 +354,12 @@ class _Parser:
         if limit is not None and count > limit:
             self._fail(f"claims {count} {what}, the limit is {limit}; {_DAMAGED}", at=self._at)
         if count * least_bytes > left:
-            self._fail(f"claims {count} {what}, more than the {left} bytes left can hold; {_DAMAGED}", at=self._at)
+            fault = f"claims {count} {what}, more than the {left} bytes left can hold; {_DAMAGED}"
+            self._ends(fault, self._at + count * least_bytes)
+
+    def _ends(self, fault: str, needed: int) -> NoReturn:
+        """What is read now takes the first `needed` bytes, or more, and there are fewer."""
+        self._fail(fault, at=self._at)
 
     def _fail(self, fault: str, *, at: int | None = None) -> NoReturn:
         where = "" if at is None else f" (at byte {at})"

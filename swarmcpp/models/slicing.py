@@ -50,8 +50,6 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _UINT32 = 4
-_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Of one scalar by its GGUF type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,42 +222,14 @@ def _metadata(header: GgufHeader, architecture: str, wanted: Slice) -> list[byte
     if not has_vocab:
         changed["tokenizer.ggml.model"] = _string_value("no_vocab")
         changed[f"{architecture}.vocab_size"] = _u32(1)
-    pairs: list[bytes] = []
-    for key, value_bytes in _raw_pairs(header):
-        # With a split.count llama.cpp would look for the other files.
-        if key in changed or key.startswith("split.") or (key.startswith("tokenizer.") and not has_vocab):
-            continue
-        pairs.append(_string(key) + value_bytes)
+    # With a split.count llama.cpp would look for the other files.
+    dropped = ("split.",) if has_vocab else ("split.", "tokenizer.")
+    with header.path.open("rb") as file:
+        data = file.read(header.data_offset)
+    pairs = [data[at] for key, at in header.pairs.items() if not (key in changed or key.startswith(dropped))]
     changed |= {_FIRST: _u32(wanted.first), _LAST: _u32(wanted.last), _OF: _u32(wanted.n_layers)}
     changed[_FINGERPRINT] = _string_value(wanted.fingerprint.hex())
     return pairs + [_string(key) + value for key, value in changed.items()]
-
-
-def _raw_pairs(header: GgufHeader) -> Iterator[tuple[str, bytes]]:
-    """Each key with its value's bytes, from the type on. The header was checked when it was read."""
-    with header.path.open("rb") as file:
-        data = file.read(header.data_offset)
-    at = 4 + 4 + 8 + 8
-    for _ in range(len(header.metadata)):
-        (length,) = _U64.unpack_from(data, at)
-        start = at + 8 + length
-        at = _value_end(data, start)
-        yield data[start - length : start].decode(), data[start:at]
-
-
-def _value_end(data: bytes, at: int) -> int:
-    (kind,) = _U32.unpack_from(data, at)
-    at += 4
-    count = 1
-    if kind == ARRAY:
-        (kind,) = _U32.unpack_from(data, at)
-        (count,) = _U64.unpack_from(data, at + 4)
-        at += 12
-    if kind != STRING:
-        return at + _BYTES[kind] * count
-    for _ in range(count):
-        at += 8 + _U64.unpack_from(data, at)[0]
-    return at
 
 
 def _u32(value: int) -> bytes:

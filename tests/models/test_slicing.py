@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -221,14 +222,6 @@ def test_a_copy_takes_little_memory(tmp_path: Path) -> None:
 def test_marks_that_no_slice_has(model: Path, tmp_path: Path, marks: tuple[int, ...]) -> None:
     header = cut(model, 0, 2, tmp_path)
     names = ("swarmcpp.slice.first", "swarmcpp.slice.last", "swarmcpp.slice.of")
-    bad = GgufHeader(
-        header.path,
-        header.version,
-        header.metadata | dict(zip(names, marks, strict=True)),
-        header.tensors,
-        header.data_offset,
-        header.file_size,
-        header.alignment,
-    )
+    bad = replace(header, metadata=header.metadata | dict(zip(names, marks, strict=True)))
     with pytest.raises(BadModel, match="what no slice can be"):
         slice_of(bad)
