@@ -18,8 +18,8 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from swarmcpp.errors import BadConfig, BadModel, StartupError
@@ -87,17 +87,6 @@ def slice_of(header: GgufHeader) -> Slice | None:
     raise BadModel(f"{header.path}: says in swarmcpp.slice.* what no slice can be; make it again with `swarmcpp slice`")
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A tensor of the slice: its new name and shape, and `n_bytes` at `offset` of file number `file`."""
-
-    name: str
-    tensor: TensorInfo
-    shape: tuple[int, ...]
-    n_bytes: int
-    file: int
-
-
 def check_sliceable(model: ModelFile, first: int, last: int) -> None:
     """Raises BadConfig for a range that is none, BadModel for a model of which no slices can be made."""
     if not 0 <= first < last <= model.n_layers:
@@ -132,7 +121,7 @@ def write_slice(source: Path, first: int, last: int, target: Path, *, fingerprin
         _write(scratch, headers, _metadata(headers[0], model.architecture, wanted), parts)
         scratch.replace(target)
     except OSError as error:
-        size = sum(part.n_bytes for part in parts)
+        size = sum(tensor.n_bytes for _, tensor in parts)
         raise StartupError(
             f"{target}: cannot write the slice ({error.strerror}); it takes {size} bytes: free some, or choose "
             "another place"
@@ -148,7 +137,7 @@ def slice_ranges(source: Path, first: int, last: int) -> tuple[ByteRange, ...]:
     """What `write_slice` reads of a model's files. Their headers are enough for this. Raises BadConfig, BadModel."""
     model, headers = _sliceable(source, first, last)
     parts = _parts(headers, Slice(first, last, model.n_layers, b""))
-    tensors = (ByteRange(part.file, part.tensor.offset, part.tensor.offset + part.n_bytes) for part in parts)
+    tensors = (ByteRange(file, tensor.offset, tensor.offset + tensor.n_bytes) for file, tensor in parts)
     return (*(ByteRange(file, 0, header.data_offset) for file, header in enumerate(headers)), *tensors)
 
 
@@ -176,9 +165,8 @@ def _sliceable(source: Path, first: int, last: int) -> tuple[ModelFile, list[Ggu
     return model, headers
 
 
-def _parts(headers: Sequence[GgufHeader], wanted: Slice) -> Iterator[_Part]:
-    """The tensors of the slice, in the order of the source."""
-    whole = wanted.last - wanted.first == wanted.n_layers
+def _parts(headers: Sequence[GgufHeader], wanted: Slice) -> Iterator[tuple[int, TensorInfo]]:
+    """The tensors of the slice as it has them, each with the number of its file, in the order of the source."""
     names = {tensor.name for header in headers for tensor in header.tensors}
     head = _HEAD if _HEAD in names else _EMBEDDING
     missing = set(range(wanted.first, wanted.last))
@@ -186,28 +174,29 @@ def _parts(headers: Sequence[GgufHeader], wanted: Slice) -> Iterator[_Part]:
         raise BadModel(f"{headers[0].path}: has a token embedding that is no matrix; download it again")
     for file, header in enumerate(headers):
         for tensor in header.tensors:
-            same = _Part(tensor.name, tensor, tensor.shape, tensor.n_bytes, file)
-            block = _BLOCK.fullmatch(tensor.name)
-            if block is not None:
-                number = int(block[1])
-                if wanted.first <= number < wanted.last:
-                    missing.discard(number)
-                    name = f"blk.{number - wanted.first}.{block[2]}"
-                    yield _Part(name, tensor, tensor.shape, tensor.n_bytes, file)
-            elif whole:
-                yield same
-            elif wanted.is_tail:
-                if tensor.name == head:
-                    yield _Part(_EMBEDDING, tensor, tensor.shape, tensor.n_bytes, file)
-                elif tensor.name != _EMBEDDING:
-                    yield same
-            elif tensor.name == _EMBEDDING:
-                row = tensor.n_bytes // tensor.shape[-1]
-                yield _Part(_EMBEDDING, tensor, (tensor.shape[0], 1), row, file)
-            elif not tensor.name.startswith("output."):
-                yield same
+            if block := _BLOCK.fullmatch(tensor.name):
+                missing.discard(int(block[1]))
+            if kept := _kept(tensor, wanted, head):
+                yield file, kept
     if missing:
         raise BadModel(f"{headers[0].path}: has no tensors of layer {min(missing)}; download it again")
+
+
+def _kept(tensor: TensorInfo, wanted: Slice, head: str) -> TensorInfo | None:
+    """A tensor of the model as the slice has it; None when it has not. `head`: the name of the output head."""
+    if block := _BLOCK.fullmatch(tensor.name):
+        number = int(block[1])
+        name = f"blk.{number - wanted.first}.{block[2]}"
+        return replace(tensor, name=name) if wanted.first <= number < wanted.last else None
+    if wanted.last - wanted.first == wanted.n_layers:
+        return tensor
+    if wanted.is_tail:
+        if tensor.name == head:
+            return replace(tensor, name=_EMBEDDING)
+        return tensor if tensor.name != _EMBEDDING else None
+    if tensor.name == _EMBEDDING:
+        return replace(tensor, shape=(tensor.shape[0], 1), n_bytes=tensor.n_bytes // tensor.shape[-1])
+    return tensor if not tensor.name.startswith("output.") else None
 
 
 def _metadata(header: GgufHeader, architecture: str, wanted: Slice) -> list[bytes]:
@@ -253,32 +242,31 @@ def _string_value(text: str) -> bytes:
     return _U32.pack(STRING) + _string(text)
 
 
-def _write(path: Path, headers: Sequence[GgufHeader], pairs: Sequence[bytes], parts: Sequence[_Part]) -> None:
+def _write(
+    path: Path, headers: Sequence[GgufHeader], pairs: Sequence[bytes], parts: Sequence[tuple[int, TensorInfo]]
+) -> None:
     """Raises OSError for `path`, BadModel when a source has changed since its header was read."""
     alignment = headers[0].alignment
     with path.open("wb") as out:
         out.write(struct.pack("<4sIQQ", MAGIC, headers[0].version, len(parts), len(pairs)))
         out.writelines(pairs)
         offset = 0
-        for part in parts:
-            entry = struct.pack(f"<I{len(part.shape)}Q", len(part.shape), *part.shape)
-            out.write(_string(part.name) + entry + struct.pack("<IQ", part.tensor.ggml_type, offset))
-            offset += -(-part.n_bytes // alignment) * alignment
-        sources = [header.path.open("rb") for header in headers]
-        try:
+        for _, tensor in parts:
+            entry = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
+            out.write(_string(tensor.name) + entry + struct.pack("<IQ", tensor.ggml_type, offset))
+            offset += -(-tensor.n_bytes // alignment) * alignment
+        with ExitStack() as stack:
+            sources = [stack.enter_context(header.path.open("rb")) for header in headers]
             buffer = memoryview(bytearray(COPY_BYTES))
-            for part in parts:
+            for file, tensor in parts:
                 out.write(bytes(-out.tell() % alignment))
-                fd = sources[part.file].fileno()
-                for done in range(0, part.n_bytes, COPY_BYTES):
-                    chunk = buffer[: min(COPY_BYTES, part.n_bytes - done)]
-                    if read_into(fd, chunk, part.tensor.offset + done) != len(chunk):
-                        raise BadModel(f"{headers[part.file].path}: became shorter while it was read; try again")
+                fd = sources[file].fileno()
+                for done in range(0, tensor.n_bytes, COPY_BYTES):
+                    chunk = buffer[: min(COPY_BYTES, tensor.n_bytes - done)]
+                    if read_into(fd, chunk, tensor.offset + done) != len(chunk):
+                        raise BadModel(f"{headers[file].path}: became shorter while it was read; try again")
                     out.write(chunk)
             out.write(bytes(-out.tell() % alignment))
-        finally:
-            for source in sources:
-                source.close()
         out.flush()
         # A name must not outlive a crash that its bytes did not.
         os.fsync(out.fileno())
