@@ -110,29 +110,16 @@ def _entry(path: Path, name: str, fields: object) -> CatalogueEntry:
     unknown = sorted(fields.keys() - {*_STRINGS, *_NUMBERS, *_OPTIONAL})
     if unknown:
         raise BadConfig(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(_STRINGS + _NUMBERS + _OPTIONAL)}")
-    strings = {key: _string(where, fields, key) for key in _STRINGS}
-    optional = {key: _string(where, fields, key) for key in _OPTIONAL if key in fields}
-    numbers = {key: _number(where, fields, key) for key in _NUMBERS}
-    url = strings["url"]
+    given = (*_STRINGS, *_NUMBERS, *(key for key in _OPTIONAL if key in fields))
+    values = {key: _value(where, fields, key) for key in given}
+    url = values["url"]
     if not _is_http(url):
         raise BadConfig(f"{where}: url = {url[:200]!r} must be an http or https URL with a host")
-    if not _FILE.fullmatch(strings["file"]):
-        raise BadConfig(f"{where}: file = {strings['file'][:80]!r} must be a plain file name that ends in .gguf")
-    if "sha256" in optional and not _SHA256.fullmatch(optional["sha256"]):
+    if not _FILE.fullmatch(values["file"]):
+        raise BadConfig(f"{where}: file = {values['file'][:80]!r} must be a plain file name that ends in .gguf")
+    if "sha256" in values and not _SHA256.fullmatch(values["sha256"]):
         raise BadConfig(f"{where}: sha256 must be 64 lower-case hexadecimal digits; leave it out when not known")
-    return CatalogueEntry(
-        name=name,
-        title=strings["title"],
-        url=url,
-        file=strings["file"],
-        quant=strings["quant"],
-        size_hint=numbers["size_hint"],
-        context=numbers["context"],
-        parameters=strings["parameters"],
-        licence=strings["licence"],
-        sha256=optional.get("sha256"),
-        note=optional.get("note"),
-    )
+    return CatalogueEntry(name=name, **values)
 
 
 def _is_http(url: str) -> bool:
@@ -143,19 +130,14 @@ def _is_http(url: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
-def _string(where: str, fields: Mapping[str, Any], key: str) -> str:
+def _value(where: str, fields: Mapping[str, Any], key: str) -> Any:
     value = fields.get(key)
     if value is None:
         raise BadConfig(f"{where}: key {key!r} is missing")
-    if not isinstance(value, str) or not value or not value.isprintable():
-        raise BadConfig(f"{where}: {key} = {str(value)[:80]!r} must be a text of one line")
-    return value
-
-
-def _number(where: str, fields: Mapping[str, Any], key: str) -> int:
-    value = fields.get(key)
-    if value is None:
-        raise BadConfig(f"{where}: key {key!r} is missing")
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise BadConfig(f"{where}: {key} = {str(value)[:80]!r} must be a whole number above 0")
+    if key in _NUMBERS:
+        sound, form = isinstance(value, int) and not isinstance(value, bool) and value > 0, "a whole number above 0"
+    else:
+        sound, form = isinstance(value, str) and value != "" and value.isprintable(), "a text of one line"
+    if not sound:
+        raise BadConfig(f"{where}: {key} = {str(value)[:80]!r} must be {form}")
     return value
