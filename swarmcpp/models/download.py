@@ -7,8 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -52,6 +51,19 @@ class PullProgress:
     verifying: bool = False
 
 
+def disk_free(directory: Path) -> int:
+    """Bytes that may still be written in a directory that exists."""
+    return shutil.disk_usage(directory).free
+
+
+def no_space(directory: Path, needed: int, name: str, free: int) -> DownloadFailed:
+    """The error of a disk that `name` does not fit on."""
+    return DownloadFailed(
+        f"{directory}: {gigabytes(needed)} needed for {name}, {gigabytes(free)} free; "
+        "free disk space, or choose another directory with --data-dir"
+    )
+
+
 class _Interrupted(Exception):
     """The transfer stopped and may be continued; the message is for the error if it never is."""
 
@@ -86,10 +98,9 @@ async def pull(
     directory: Path,
     *,
     progress: Callable[[PullProgress], None],
-    session: aiohttp.ClientSession | None = None,
     clock: Clock = time.monotonic,
     sleep: Sleep = asyncio.sleep,
-    free_space: FreeSpace | None = None,
+    free_space: FreeSpace = disk_free,
 ) -> Path:
     """Download `entry` into `directory` and return the file; at once when it is there already.
 
@@ -102,8 +113,8 @@ async def pull(
         return final
     try:
         with locked(final):
-            async with _own_or(session) as client:
-                transfer = _Transfer(entry, final, client, progress, clock, free_space or _disk_free)
+            async with http_session() as session:
+                transfer = _Transfer(entry, final, session, progress, clock, free_space)
                 await transfer.run(sleep)
                 return await transfer.finish()
     except OSError as error:
@@ -111,14 +122,10 @@ async def pull(
         raise DownloadFailed(f"{final}: cannot be written ({reason}); check the directory and the disk") from None
 
 
-@asynccontextmanager
-async def _own_or(session: aiohttp.ClientSession | None) -> AsyncIterator[aiohttp.ClientSession]:
-    if session is not None:
-        yield session
-        return
+def http_session() -> aiohttp.ClientSession:
+    """A session for files of any size, to be closed by the caller. Needs a running event loop."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S)
-    async with aiohttp.ClientSession(timeout=timeout, trust_env=True) as own:
-        yield own
+    return aiohttp.ClientSession(timeout=timeout, trust_env=True)
 
 
 def request_headers(url: str, token: str | None) -> dict[str, str]:
@@ -134,10 +141,6 @@ def request_headers(url: str, token: str | None) -> dict[str, str]:
     if token and parts.scheme == "https" and trusted:
         headers["Authorization"] = f"Bearer {token}"
     return headers
-
-
-def _disk_free(directory: Path) -> int:
-    return shutil.disk_usage(directory).free
 
 
 class _Transfer:
@@ -237,10 +240,7 @@ class _Transfer:
         free = self._free_space(directory) + (0 if have else self._part.size)
         needed = (source.size or self._entry.size_hint) - have + SPARE_BYTES
         if needed > free:
-            raise DownloadFailed(
-                f"{directory}: {gigabytes(needed)} needed for {self._entry.file}, {gigabytes(free)} free; "
-                "free disk space, or choose another directory with --data-dir"
-            )
+            raise no_space(directory, needed, self._entry.file, free)
 
     async def _receive(self, response: aiohttp.ClientResponse, source: Source, file: BinaryIO) -> None:
         done = file.tell()

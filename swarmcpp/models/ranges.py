@@ -7,13 +7,7 @@ import os
 import aiohttp
 
 from swarmcpp.errors import DownloadFailed, NotReady
-from swarmcpp.models.download import CONNECT_TIMEOUT_S, RETRY_STATUSES, STALL_TIMEOUT_S, request_headers
-
-
-def range_session() -> aiohttp.ClientSession:
-    """A session for `read_range`, to be closed by the caller. Needs a running event loop."""
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S)
-    return aiohttp.ClientSession(timeout=timeout, trust_env=True)
+from swarmcpp.models.download import RETRY_STATUSES, request_headers
 
 
 async def read_range(session: aiohttp.ClientSession, url: str, start: int, size: int, whole: int) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from swarmcpp.core import Clock
 from swarmcpp.errors import DownloadFailed, SwarmError
 from swarmcpp.models.capacity import gigabytes
-from swarmcpp.models.download import SPARE_BYTES, FreeSpace, PullProgress, Sleep
+from swarmcpp.models.download import SPARE_BYTES, FreeSpace, PullProgress, Sleep, disk_free, no_space
 from swarmcpp.models.manifest import Manifest
 from swarmcpp.models.modelfiles import ModelParts, SparseModel, stored_paths
 from swarmcpp.models.partial import locked
@@ -50,7 +49,7 @@ async def fetch_model(
     rejected: Callable[[Caller], None],
     clock: Clock = time.monotonic,
     sleep: Sleep = asyncio.sleep,
-    free_space: FreeSpace | None = None,
+    free_space: FreeSpace = disk_free,
 ) -> tuple[Path, ...]:
     """Fetch a model's files into `directory` and return them; at once when they are there already.
 
@@ -60,7 +59,6 @@ async def fetch_model(
     path, what is wrong, what to do.
     """
     tag = ""
-    measure = free_space or _disk_free
     while True:
         finals = stored_paths(manifest, directory, tag)
         try:
@@ -71,13 +69,13 @@ async def fetch_model(
                     tag = f"-{manifest.fingerprint.hex()[:8]}"
                     continue
                 missing = await asyncio.to_thread(parts.prepare)
-                _check_space(manifest, missing, directory, measure)
+                _check_space(manifest, missing, directory, free_space)
                 transfer = Transfer(parts, missing, manifest.size, finals[0], holders, progress, rejected, clock)
                 await transfer.run(sleep)
                 await asyncio.to_thread(parts.commit)
                 return finals
         except OSError as error:
-            raise _cannot_write(manifest.size, finals[0], measure, error) from None
+            raise _cannot_write(manifest.size, finals[0], free_space, error) from None
 
 
 async def fetch_parts(
@@ -92,7 +90,7 @@ async def fetch_parts(
     reserve: int = 0,
     clock: Clock = time.monotonic,
     sleep: Sleep = asyncio.sleep,
-    free_space: FreeSpace | None = None,
+    free_space: FreeSpace = disk_free,
 ) -> SparseModel:
     """Fetch the chunks `wanted` of a model into the SparseModel in `directory`; at once when they are there already.
 
@@ -100,36 +98,31 @@ async def fetch_parts(
     `reserve`: bytes that must stay free on the disk beside what is fetched. Raises DownloadFailed.
     """
     parts = SparseModel(manifest, directory)
-    name, measure = parts.files[0], free_space or _disk_free
+    name = parts.files[0]
     total = sum(manifest.chunk(index).size for index in wanted)
     try:
         with locked(name):
             progress(PullProgress(name.name, 0, total, 0.0, verifying=True))
             await asyncio.to_thread(parts.prepare)
             missing = await asyncio.to_thread(parts.missing, wanted)
-            _check_space(manifest, missing, directory, measure, reserve)
+            _check_space(manifest, missing, directory, free_space, reserve)
             await Transfer(parts, missing, total, name, holders, progress, rejected, clock, fallback).run(sleep)
     except OSError as error:
-        raise _cannot_write(total + reserve, name, measure, error) from None
+        raise _cannot_write(total + reserve, name, free_space, error) from None
     return parts
 
 
-def _disk_free(directory: Path) -> int:
-    return shutil.disk_usage(directory).free
-
-
-def _cannot_write(needed: int, final: Path, measure: FreeSpace, error: OSError) -> DownloadFailed:
-    free = f"{gigabytes(measure(final.parent))} free" if final.parent.is_dir() else "no such directory"
+def _cannot_write(needed: int, final: Path, free_space: FreeSpace, error: OSError) -> DownloadFailed:
+    free = f"{gigabytes(free_space(final.parent))} free" if final.parent.is_dir() else "no such directory"
     return DownloadFailed(
         f"{final}: cannot be written ({error.strerror or type(error).__name__}); "
         f"{gigabytes(needed)} needed in all, {free}; check the directory and the disk"
     )
 
 
-def _check_space(manifest: Manifest, missing: set[int], directory: Path, measure: FreeSpace, reserve: int = 0) -> None:
+def _check_space(
+    manifest: Manifest, missing: set[int], directory: Path, free_space: FreeSpace, reserve: int = 0
+) -> None:
     needed = sum(manifest.chunk(index).size for index in missing) + reserve + SPARE_BYTES
-    if missing and needed > (free := measure(directory)):
-        raise DownloadFailed(
-            f"{directory}: {gigabytes(needed)} needed for {manifest.files[0].name}, {gigabytes(free)} free; "
-            "free disk space, or choose another directory with --data-dir"
-        )
+    if missing and needed > (free := free_space(directory)):
+        raise no_space(directory, needed, manifest.files[0].name, free)

@@ -12,11 +12,11 @@ from typing import Protocol
 
 from swarmcpp.core import Clock
 from swarmcpp.errors import DownloadFailed
-from swarmcpp.models.download import FreeSpace, PullProgress, Sleep
+from swarmcpp.models.download import FreeSpace, PullProgress, Sleep, disk_free, http_session
 from swarmcpp.models.manifest import FileChunk, Manifest
 from swarmcpp.models.modelfiles import ByteRange, SparseModel, chunks_of
 from swarmcpp.models.partial import locked
-from swarmcpp.models.ranges import range_session, read_range
+from swarmcpp.models.ranges import read_range
 from swarmcpp.models.slicestore import SliceFiles, SliceStore, header_bytes
 from swarmcpp.models.slicing import embedding_range, slice_ranges, write_slice
 from swarmcpp.sharing.modelfetch import fetch_parts
@@ -37,7 +37,7 @@ async def obtain_slice(
     url: str | None = None,
     clock: Clock = time.monotonic,
     sleep: Sleep = asyncio.sleep,
-    free_space: FreeSpace | None = None,
+    free_space: FreeSpace = disk_free,
 ) -> SliceFiles:
     """The slice of layers [first, last), made from chunks that are fetched; at once when it is there already.
 
@@ -80,7 +80,7 @@ async def obtain_header(
     Raises DownloadFailed, BadModel, StartupError when the disk is full.
     """
     parts = store.parts(manifest)
-    async with _fetching(parts, callers, progress, rejected, url, clock, sleep, None) as fetch:
+    async with _fetching(parts, callers, progress, rejected, url, clock, sleep) as fetch:
         await _fetch_headers(parts, fetch)
     return parts.files[0]
 
@@ -94,7 +94,7 @@ async def _fetching(
     url: str | None,
     clock: Clock,
     sleep: Sleep,
-    free_space: FreeSpace | None,
+    free_space: FreeSpace = disk_free,
 ) -> AsyncIterator[_Fetch]:
     """Fetches chunks into `parts`, one transfer after another."""
     liars: list[Caller] = []
@@ -173,7 +173,7 @@ async def _from_url(url: str | None, manifest: Manifest) -> AsyncIterator[Fallba
     if url is None or len(manifest.files) > 1:
         yield None
         return
-    async with range_session() as session:
+    async with http_session() as session:
 
         async def read(chunk: FileChunk) -> bytes:
             return await read_range(session, url, chunk.offset, chunk.size, manifest.size)
