@@ -16,8 +16,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import msgspec
 
 from swarmcpp import _native
 from swarmcpp._native import q8_backend_problem
@@ -191,21 +193,8 @@ def _file_id(path: Path) -> str:
 
 def _read(path: Path) -> ProbeReport | None:
     try:
-        raw = json.loads(path.read_text())
-        results = tuple(
-            CandidateResult(Candidate(**entry["candidate"]), entry["ok"], entry["detail"], entry["seconds"])
-            for entry in raw["results"]
-        )
-        return ProbeReport(
-            chosen=Candidate(**raw["chosen"]),
-            results=results,
-            cpu=raw["cpu"],
-            library=raw["library"],
-            cached=True,
-            llama_version=raw["llama_version"],
-            system_info=raw["system_info"],
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        return replace(msgspec.json.decode(path.read_bytes(), type=ProbeReport), cached=True)
+    except (OSError, ValueError, msgspec.DecodeError):
         return None
 
 
@@ -213,7 +202,7 @@ def _write(path: Path, report: ProbeReport) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps(asdict(report)))
+        scratch.write_bytes(msgspec.json.encode(report))
         scratch.replace(path)
     except OSError:
         # A data directory that cannot be written costs a second at the next start, no more.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+import msgspec
 
 from swarmcpp.errors import DownloadFailed
 from swarmcpp.files import try_lock
@@ -44,10 +45,8 @@ class PartialFile:
     def resumable(self, url: str) -> Source | None:
         """What the existing part belongs to, when it can be continued: same URL, and a validator to ask with."""
         try:
-            fields = json.loads(self._sidecar.read_text(encoding="utf-8"))
-            size = None if fields["size"] is None else int(fields["size"])
-            source = Source(str(fields["url"]), str(fields["validator"]), size)
-        except (OSError, ValueError, KeyError, TypeError):
+            source = msgspec.json.decode(self._sidecar.read_bytes(), type=Source)
+        except (OSError, ValueError, msgspec.DecodeError):
             return None
         if source.url != url or not source.validator or self.size == 0:
             return None
@@ -57,7 +56,7 @@ class PartialFile:
         """The part, to be written to: at its end, or from the start with `source` as its new origin."""
         if not append:
             self.path.unlink(missing_ok=True)
-            self._sidecar.write_text(json.dumps(asdict(source)), encoding="utf-8")
+            self._sidecar.write_bytes(msgspec.json.encode(source))
         return self.path.open("ab")
 
     def sha256(self) -> str:
