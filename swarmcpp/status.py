@@ -7,9 +7,10 @@ fields are ignored, those that are missing or of another type have their default
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Any, Final, get_args, get_type_hints
 
 MAX_ROWS: Final = 1024
 """Rows of one kind that are read. A swarm has at most so many nodes."""
@@ -143,10 +144,7 @@ class SwarmPlan:
     missing: tuple[str, ...] = ()
     """Each as FIRST-LAST (LAST not included)."""
     missing_bytes: int = 0
-    sentences: tuple[str, ...] = ()
-
-
-Row = TypeVar("Row", NodeRow, RequestRow, EventRow, PlanRow, PlanRates)
+    sentences: tuple[str, ...] = field(default=(), metadata={"most": MAX_ROWS, "size": MAX_SENTENCE})
 
 
 def to_json(status: SwarmStatus | SwarmPlan) -> dict[str, Any]:
@@ -156,57 +154,40 @@ def to_json(status: SwarmStatus | SwarmPlan) -> dict[str, Any]:
 
 def from_json(document: Mapping[str, Any]) -> SwarmStatus:
     """The status in a document of JSON, whatever is in it."""
-    return SwarmStatus(
-        node=_value("", document.get("node")),
-        swarm=_value("", document.get("swarm")),
-        nodes=_rows(NodeRow, document.get("nodes")),
-        requests=_rows(RequestRow, document.get("requests")),
-        events=_rows(EventRow, document.get("events")),
-        at=_value(0.0, document.get("at")),
-    )
+    status: SwarmStatus = _read(SwarmStatus, document)
+    return status
 
 
 def plan_from_json(document: Mapping[str, Any]) -> SwarmPlan:
     """The plan in a document of JSON, whatever is in it."""
-    found = document.get("sentences")
-    sentences = found[:MAX_ROWS] if isinstance(found, list | tuple) else ()
-    return SwarmPlan(
-        model=_value("", document.get("model")),
-        n_layers=_value(0, document.get("n_layers")),
-        ctx_size=_value(0, document.get("ctx_size")),
-        slots=_value(0, document.get("slots")),
-        rates=_rates(document.get("rates")),
-        before=_rates(document.get("before")),
-        rows=_rows(PlanRow, document.get("rows")),
-        added=_value((), document.get("added")),
-        missing=_value((), document.get("missing")),
-        missing_bytes=_value(0, document.get("missing_bytes")),
-        sentences=tuple(_text(each, MAX_SENTENCE) for each in sentences if isinstance(each, str)),
-    )
+    plan: SwarmPlan = _read(SwarmPlan, document)
+    return plan
 
 
-def _rates(found: object) -> PlanRates:
-    return _row(PlanRates, found) if isinstance(found, Mapping) else PlanRates()
+_kinds: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
 
 
-def _rows(cls: type[Row], found: object) -> tuple[Row, ...]:
-    rows = found[:MAX_ROWS] if isinstance(found, list | tuple) else ()
-    return tuple(_row(cls, row) for row in rows if isinstance(row, Mapping))
+def _read(cls: Any, document: Mapping[str, Any]) -> Any:
+    kinds = _kinds(cls)
+    return cls(**{each.name: _value(kinds[each.name], each, document.get(each.name)) for each in fields(cls)})
 
 
-def _row(cls: type[Row], document: Mapping[str, Any]) -> Row:
-    return cls(**{each.name: _value(each.default, document.get(each.name)) for each in fields(cls)})
-
-
-def _value(default: Any, found: object) -> Any:
-    """`found`, cut to the bounds, if it is of the type of `default`; else `default`."""
+def _value(kind: Any, field: Field[Any], found: object) -> Any:
+    """`found`, cut to the bounds, if it is of this kind, that of `field`; else the default."""
+    default: Any = field.default
+    if is_dataclass(kind):
+        return _read(kind, found) if isinstance(found, Mapping) else default
+    if isinstance(default, tuple):
+        row, _ = get_args(kind)
+        entries = found if isinstance(found, list | tuple) else ()
+        if row is not str:
+            return tuple(_read(row, each) for each in entries[:MAX_ROWS] if isinstance(each, Mapping))
+        most, size = field.metadata.get("most", MAX_ADDRESSES), field.metadata.get("size", MAX_TEXT)
+        return tuple(_text(each, size) for each in entries[:most] if isinstance(each, str))
     if isinstance(default, bool):
         return found if isinstance(found, bool) else default
     if isinstance(default, str):
         return _text(found) if isinstance(found, str) else default
-    if isinstance(default, tuple):
-        texts = found[:MAX_ADDRESSES] if isinstance(found, list | tuple) else ()
-        return tuple(_text(text) for text in texts if isinstance(text, str))
     if isinstance(found, bool) or not isinstance(found, int | float):
         return default
     # Cut first: an int of JSON may be too large for a float.
