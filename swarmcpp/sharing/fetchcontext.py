@@ -10,30 +10,10 @@ from swarmcpp.core import Clock
 from swarmcpp.kv.arena import Hashed
 from swarmcpp.peers import NodeId
 from swarmcpp.sharing.shipping import KvWire
+from swarmcpp.swarm.holders import Holders
 from swarmcpp.swarm.links import LinkBook
+from swarmcpp.swarm.trust import TrustBook
 from swarmcpp.wire.peers import Caller
-
-
-class HolderIndex(Protocol):
-    """Who says to have which blocks."""
-
-    def holders(self, root: bytes, ids: Sequence[bytes]) -> Sequence[tuple[bytes, tuple[NodeId, ...]]]:
-        """Holders of the leading run of `ids` that somebody has."""
-        ...
-
-    def drop(self, root: bytes, ids: Sequence[bytes], peer: NodeId) -> None:
-        """`peer` has not these."""
-        ...
-
-
-class Trust(Protocol):
-    """How far peers are trusted, and what they did."""
-
-    def score(self, peer: NodeId) -> float: ...
-    def trusted(self, peer: NodeId, minimum: float) -> bool: ...
-    def ok(self, peer: NodeId) -> None: ...
-    def late(self, peer: NodeId) -> None: ...
-    def wrong(self, peer: NodeId, why: str) -> None: ...
 
 
 class Store(Protocol):
@@ -44,7 +24,6 @@ class Store(Protocol):
 
         Returns how many from `first` are there now. Raises SnapshotError when a payload is not sound.
         """
-        ...
 
 
 Front = Callable[[int], Coroutine[Any, Any, bool]]
@@ -75,10 +54,10 @@ class FetchSettings:
 class FetchContext:
     """What fetches of a node work with. `callers` gives the link to a peer, None when there is none."""
 
-    holders: HolderIndex
+    holders: Holders
     callers: Callable[[NodeId], Caller | None]
     links: LinkBook
-    trust: Trust
+    trust: TrustBook
     dequantise: Dequantise
     block_id: Callable[[bytes], bytes]
     settings: FetchSettings
