@@ -26,7 +26,6 @@ FILE_VARIABLE = ENV_PREFIX + "CONFIG"
 
 MIB = 1024 * 1024
 
-
 _SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGT]?)(?:i?B)?"
 
 

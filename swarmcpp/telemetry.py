@@ -15,7 +15,6 @@ ROOT_LOGGER = "swarmcpp"
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 _STYLES = {logging.DEBUG: "dim", logging.INFO: "", logging.WARNING: "yellow", logging.ERROR: "red"}
 
-
 _CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 

@@ -53,7 +53,6 @@ _PREFLIGHT_MAX_AGE_S = 600
 
 __all__ = ["RunningServer", "ServerOptions", "build_app", "start_server"]
 
-
 _draw_seed = random.SystemRandom().getrandbits
 
 

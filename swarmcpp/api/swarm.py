@@ -16,11 +16,9 @@ class SwarmSource(Protocol):
 
     def swarm_status(self) -> SwarmStatus:
         """State now; cheap enough to be asked every second by several people."""
-        ...
 
     async def swarm_plan(self, added: Sequence[str]) -> SwarmPlan:
         """Who would hold what of its model, with the machines of `added`. Raises SwarmError."""
-        ...
 
 
 def add_routes(app: web.Application, source: SwarmSource) -> None:

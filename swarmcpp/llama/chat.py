@@ -23,7 +23,6 @@ DEFAULT_TEMPLATE = (
 )
 """ChatML: used for a model that carries no template, as llama.cpp's server does."""
 
-
 _TEMPLATE_FAILURES = (
     jinja2.TemplateError,
     TypeError,

@@ -34,7 +34,6 @@ MEAN_SHARE = 0.3
 PATIENCE_S = 15.0
 """How long a transfer that no peer can feed waits for one that can."""
 
-
 Fallback = Callable[[FileChunk], Awaitable[bytes]]
 """Gives chunks that no peer has. Raises DownloadFailed when it never will, another SwarmError when it may later."""
 
@@ -45,11 +44,9 @@ class ChunkTarget(Protocol):
     @property
     def manifest(self) -> Manifest:
         """What the chunks are of."""
-        ...
 
     def store(self, index: int, data: bytes | memoryview) -> bool:
         """Check and write chunk `index`; False when these are not its bytes. Blocking. Raises OSError."""
-        ...
 
 
 class _WrongBytes(Exception):

@@ -57,23 +57,18 @@ class Greeter(Protocol):
 
     def hello(self) -> Hello:
         """What it says of itself now."""
-        ...
 
     def met_self(self, addresses: Sequence[Address]) -> None:
         """Somebody announces this node's own key at these addresses."""
-        ...
 
     def greeted(self, address: Address, capability: Capability) -> None:
         """A node answers. Raises WireError when it is none that may be there."""
-        ...
 
     def lost(self, node: NodeId) -> None:
         """The link to a node that was greeted is lost."""
-        ...
 
     def hear(self, gossip: Gossip) -> None:
         """News from the socket of the node that it is about."""
-        ...
 
 
 class Dialler:

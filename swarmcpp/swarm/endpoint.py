@@ -106,7 +106,6 @@ class Responder:
 Handler = Callable[[Ask, list[memoryview], Responder], Awaitable[None]]
 """Answers one request, in a task of its own: cancelled when the asker cancels. What it raises becomes a Failure."""
 
-
 Beginner = Callable[[Ask, list[memoryview], Responder], bool]
 """Takes a request that needs no task, if it is one; whether it was. It replies once, then or later, and raises nothing.
 A cancel does not end it."""

@@ -67,31 +67,24 @@ class PeerService(Protocol):
 
     def capability(self) -> Capability:
         """What it says of itself now."""
-        ...
 
     async def generate(self, message: Generate, respond: Responder) -> None:
         """Run a request; sends its replies."""
-        ...
 
     async def fetch_blocks(self, message: FetchBlocks, respond: Responder) -> None:
         """Send blocks."""
-        ...
 
     async def list_blocks(self, message: ListBlocks, respond: Responder) -> None:
         """Send a page of block ids."""
-        ...
 
     async def model_file(self, message: GetManifest | GetChunk, respond: Responder) -> None:
         """Send a manifest or a chunk of a model's files."""
-        ...
 
     async def stage(self, message: AskStage, respond: Responder) -> None:
         """Do what a head, or the stage before, asks of a stage of this node, but for passes."""
-        ...
 
     def begin_pass(self, message: RunStage, payload: list[memoryview], respond: Responder) -> None:
         """Begin a pass of a stage of this node, and answer it later. Raises nothing."""
-        ...
 
 
 class Mesh:

@@ -15,10 +15,8 @@ from swarmcpp.errors import WireError
 
 Buffer = bytes | bytearray | memoryview
 
-
 RowEncoding = Literal["f32", "q8_0"]
 """How rows between stages are written: little-endian float32, or ggml's Q8_0 (34 bytes for 32 values), row by row."""
-
 
 Sent = TypeVar("Sent")
 

@@ -13,7 +13,6 @@ VERSION: Final = 1
 MAX_FRAME: Final = 16 << 20
 """Bytes. A million-token prompt is 5 MB in msgpack; anything near this limit is not one of our messages."""
 
-
 MAX_TENSOR: Final = 64 << 20
 """Bytes of a raw frame beside a message: 512 rows of 32768 values, more than any model's, in F32."""
 
@@ -219,7 +218,6 @@ ToEngine = Load | UseArena | Submit | StoreBlocks | Forget | Cancel | Place | Ru
 FromEngine = LoadProgress | Ready | Fault | StepOut | BlocksFull | BlocksStored | Placed | Ran
 Message = ToEngine | FromEngine
 
-
 _codec: Codec[Message] = Codec(Message, VERSION, MAX_FRAME)
 encode = _codec.encode
 decode = _codec.decode
@@ -230,11 +228,9 @@ class EngineLink(Protocol):
 
     def receive(self, timeout_s: float) -> ToEngine | None:
         """The next message, or None after `timeout_s` (0: at once). Raises WireError on a bad frame."""
-        ...
 
     def send(self, message: FromEngine) -> None:
         """Send a message to the node; waits while that does not read. Raises ConnectionError when it is gone."""
-        ...
 
 
 class StageLink(Protocol):
@@ -245,8 +241,6 @@ class StageLink(Protocol):
 
     def receive(self, timeout_s: float, poll_s: float = 0.0) -> ToEngine | None:
         """See `EngineLink`. For `poll_s` it looks again and again instead of sleeping."""
-        ...
 
     def send(self, message: FromEngine, frame: Buffer | None = None) -> None:
         """See `EngineLink`; with at most one frame beside it. Raises WireError over MAX_TENSOR, ConnectionError."""
-        ...

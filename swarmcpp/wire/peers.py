@@ -309,7 +309,6 @@ _codec: Codec[PeerMessage] = Codec(PeerMessage, PROTOCOL, MAX_MESSAGE)
 encode = _codec.encode
 decode = _codec.decode
 
-
 AskDone = Callable[["Reply | SwarmError", "list[memoryview]"], None]
 """What is called once with the end of a request. It must not raise."""
 
@@ -325,19 +324,16 @@ class Caller(Protocol):
         Raises PeerTimeout, PeerLost (the link broke), QueueFull (too many requests are under way), WireError, or the
         error that the peer answered with.
         """
-        ...
 
     def begin(self, message: Ask, payload: Sequence[bytes | memoryview], done: AskDone, *, timeout_s: float) -> None:
         """The same without a task: `done` is called with the reply and its frames, or with the error, and not before
         `begin` has returned. Raises PeerLost, QueueFull and WireError when nothing can be sent."""
-        ...
 
     def stream(self, message: Ask, *, silence_s: float) -> AsyncGenerator[Reply, None]:
         """All replies to `message`, ended by the peer. Closing it early tells the peer to cancel.
 
         Raises PeerTimeout after `silence_s` without any reply, PeerLost, WireError, or what the peer answered with.
         """
-        ...
 
 
 SEQUENCE_BYTES = 16
