@@ -6,7 +6,8 @@ import json
 import logging
 from typing import TYPE_CHECKING
 
-from swarmcpp.core import Clock
+if TYPE_CHECKING:
+    from swarmcpp.core import Clock
 
 if TYPE_CHECKING:
     from rich.console import Console

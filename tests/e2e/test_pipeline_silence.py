@@ -22,6 +22,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform == "win32", reaso
 DataDirMaker = Callable[[], Path]
 
 TOKENS = 30
+TOLD_S = 3.0
+"""How busy a stage is, is told every 2 s."""
+
 PAUSE_S = 12.0
 """A stage that says nothing for 3 s is taken for lost; the rest is for a machine that does other things."""
 
@@ -33,31 +36,25 @@ def trio(unquantised: Path, new_data_dir: DataDirMaker) -> Iterator[Pipeline]:
         yield whole
 
 
-async def stage_in_use(trio: Pipeline, http: aiohttp.ClientSession) -> str:
-    """Which of the two a request goes through now."""
-    heard = Heard()
-    running = asyncio.create_task(listen(http, trio["Ann"].url, completion(BEGINNINGS[0], 200), heard))
-    await until(lambda: bool(heard.pieces), "text")
-    name = trio.in_use("Bob", "Cid")[0]
-    await running
-    await asyncio.to_thread(trio.wait_idle)
-    return name
-
-
 async def test_the_first_pass_of_a_size_that_is_not_answered(
     trio: Pipeline, unquantised_server: ServeProcess, http: aiohttp.ClientSession
 ) -> None:
     """Nothing is known of how long such a pass takes, at the head and at the hop, which must not give up in the wrong
     order: the head, which is next to its own stage, would name that."""
-    name = await stage_in_use(trio, http)
+    other = Heard()
+    running = asyncio.create_task(listen(http, trio["Ann"].url, completion(BEGINNINGS[0], 1000), other))
+    await until(lambda: bool(other.pieces), "text")
+    # The one that has nothing to do is taken for the next request, as soon as that is told.
+    name = "Cid" if trio.in_use("Bob", "Cid") == ("Bob",) else "Bob"
+    await asyncio.sleep(TOLD_S)
     names = {row["id"]: row["name"] for row in trio["Ann"].swarm()["nodes"]}
     pid = trio[name].engine_pid()
     assert pid is not None
     hung = psutil.Process(pid)
     hung.suspend()
     try:
-        for times in range(1, 6):
-            body = completion(" ".join(BEGINNINGS[:times]), TOKENS)
+        for count in range(1, 6):
+            body = completion(" ".join(BEGINNINGS[1 : 1 + count]), TOKENS)
             heard = await listen(http, trio["Ann"].url, body, Heard())
             assert (heard.finish, heard.done, heard.error) == ("length", True, None)
             assert heard.text == await complete(http, unquantised_server.url, body)
@@ -71,3 +68,4 @@ async def test_the_first_pass_of_a_size_that_is_not_answered(
             hung.resume()
     told = [(names[found[1]], found[2]) for line in failovers if (found := re.search(r"node=(\w+) reason=(\w+)", line))]
     assert told == [(name, "peer_timeout")], failovers
+    assert (await running).finish in ("length", "stop"), "who runs on the other stage has noticed nothing"
