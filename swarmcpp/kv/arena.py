@@ -15,7 +15,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -114,15 +114,11 @@ class Arena:
     def __init__(self, path: Path, geometry: ArenaGeometry, identity: bytes, lock: BinaryIO) -> None:
         self.path = path
         self.geometry = geometry
-        self._identity = identity
+        self.identity = identity
+        """Whose KV it holds, 32 bytes."""
         self._lock_file = lock
         self._lock = threading.Lock()
         self._fd = -1
-
-    @property
-    def identity(self) -> bytes:
-        """Whose KV it holds, 32 bytes."""
-        return self._identity
 
     # -- opening -------------------------------------------------------------------------------------------------
 
@@ -145,14 +141,8 @@ class Arena:
         directory.mkdir(parents=True, exist_ok=True)
         for number in range(MAX_ARENAS):
             path = directory / (identity.hex()[:16] + (f"-{number}" if number else "") + ".arena")
-            lock = _try_lock(path.with_suffix(".lock"))
-            if lock is None:
-                continue
-            try:
+            if lock := _try_lock(path.with_suffix(".lock")):
                 return cls._open(path, identity, block_bytes, max_bytes, default_bytes, lock, label)
-            except BaseException:
-                lock.close()
-                raise
         raise OSError(f"{directory}: {MAX_ARENAS} other nodes hold the arenas of this model; use another --data-dir")
 
     @classmethod
@@ -162,13 +152,7 @@ class Arena:
         if known is None:
             raise OSError(f"{path} is no arena of this version of swarmcpp; `swarmcpp cache clear` removes it")
         lock = _try_lock(path.with_suffix(".lock"))
-        if lock is None:
-            return None
-        try:
-            return cls._open(path, known[1], known[0].block_bytes, None, 0, lock)
-        except BaseException:
-            lock.close()
-            raise
+        return cls._open(path, known[1], known[0].block_bytes, None, 0, lock) if lock else None
 
     @staticmethod
     def count(path: Path, geometry: ArenaGeometry) -> int:
@@ -202,23 +186,22 @@ class Arena:
         lock: BinaryIO,
         label: str = "",
     ) -> Arena | None:
-        existing = read_header(path)
-        known = existing is not None and existing[0].block_bytes == block_bytes and existing[1] == identity
-        if known and existing is not None and max_bytes is None:
-            geometry = existing[0]
-        else:
-            geometry = ArenaGeometry.within(block_bytes, default_bytes if max_bytes is None else max_bytes)
-        if not geometry.n_blocks:
-            lock.close()
-            return None
-        arena = cls(path, geometry, identity, lock)
-        arena._fd = os.open(path, os.O_RDWR | os.O_CREAT | _BINARY, 0o600)
-        try:
-            arena._prepare(existing[0] if known and existing else None, label)
-        except BaseException:
-            arena.close()
-            raise
-        return arena
+        with ExitStack() as undo:
+            undo.callback(lock.close)
+            existing = read_header(path)
+            known = (
+                existing[0] if existing and (existing[0].block_bytes, existing[1]) == (block_bytes, identity) else None
+            )
+            geometry = known if max_bytes is None else None
+            geometry = geometry or ArenaGeometry.within(block_bytes, default_bytes if max_bytes is None else max_bytes)
+            if not geometry.n_blocks:
+                return None
+            arena = cls(path, geometry, identity, lock)
+            arena._fd = os.open(path, os.O_RDWR | os.O_CREAT | _BINARY, 0o600)
+            undo.callback(arena.close)
+            arena._prepare(known, label)
+            undo.pop_all()
+            return arena
 
     def _prepare(self, existing: ArenaGeometry | None, label: str) -> None:
         """Make the open file an arena of this geometry; `existing` is what it has."""
@@ -237,7 +220,7 @@ class Arena:
         os.truncate(self._fd, 0)
         # Sparse: blocks take disk only once they are written.
         os.truncate(self._fd, self.geometry.file_bytes)
-        header = _HEADER.pack(MAGIC, self.geometry.block_bytes, self.geometry.n_blocks, self._identity)
+        header = _HEADER.pack(MAGIC, self.geometry.block_bytes, self.geometry.n_blocks, self.identity)
         write_at(self._fd, header + blake3(header).digest(), 0)
 
     def _write_label(self, label: str) -> None:

@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -80,6 +79,17 @@ class PrefixCache:
     def __init__(self, arena: Arena, identity: KvIdentity, max_entries: int = 0) -> None:
         self._arena = arena
         self._identity = identity
+        self.path = arena.path
+        self.block_tokens = identity.block_tokens
+        """Tokens of a block."""
+        self.root = identity.root()
+        """The key before the first blocks without a salt: what KV of this cache depends on beside its tokens."""
+        self.arena_root = arena.identity
+        """What tells this cache from all that hold other KV under the same keys, such as that of other layers."""
+        self.block_bytes = arena.geometry.block_bytes
+        """Bytes of a payload."""
+        self.n_blocks = arena.geometry.n_blocks
+        """Blocks that the arena can hold."""
         self._lock = threading.Lock()
         self._index = BlockIndex(arena.geometry.n_blocks, max_entries)
         self._stored = 0
@@ -91,36 +101,6 @@ class PrefixCache:
         self._derived: dict[bytes, None] = {}
         load_index(arena, self._index)
 
-    @property
-    def path(self) -> Path:
-        """The arena file."""
-        return self._arena.path
-
-    @property
-    def block_tokens(self) -> int:
-        """Tokens of a block."""
-        return self._identity.block_tokens
-
-    @property
-    def root(self) -> bytes:
-        """The key before the first blocks without a salt: what KV of this cache depends on beside its tokens."""
-        return self._identity.root()
-
-    @property
-    def arena_root(self) -> bytes:
-        """What tells this cache from all that hold other KV under the same keys, such as that of other layers."""
-        return self._arena.identity
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a payload."""
-        return self._arena.geometry.block_bytes
-
-    @property
-    def n_blocks(self) -> int:
-        """Blocks that the arena can hold."""
-        return self._arena.geometry.n_blocks
-
     def stats(self) -> CacheStats:
         """Counts now."""
         with self._lock:
@@ -129,7 +109,7 @@ class PrefixCache:
 
     def keys(self, tokens: Sequence[int], salt: str) -> list[bytes]:
         """Keys of the full blocks of a token sequence."""
-        return block_keys(self._identity.root(salt), tokens, self._identity.block_tokens)
+        return block_keys(self._identity.root(salt), tokens, self.block_tokens)
 
     def _usable(self, tokens: Sequence[int], salt: str) -> list[bytes]:
         # The last token's logits are needed, so its block is never taken whole.
@@ -174,7 +154,7 @@ class PrefixCache:
         if blocks:
             self._arena.touch(blocks[-1].slot, tick)
         event = "prefix-cache HIT" if blocks else "prefix-cache MISS"
-        found = len(blocks) * self._identity.block_tokens
+        found = len(blocks) * self.block_tokens
         diag(logger, event, tokens=found, of=n_tokens, ms=round(1000 * (time.perf_counter() - begun), 3))
         return Lease(refs, tuple(blocks), tuple(keys[: len(blocks)]))
 
@@ -188,7 +168,7 @@ class PrefixCache:
                 block.pins -= 1
             if used_tokens is None:
                 return
-            sound = used_tokens // self._identity.block_tokens
+            sound = used_tokens // self.block_tokens
             for block in lease.blocks[:sound]:
                 block.finite = True
             if sound < len(lease.blocks) and self._index.get(lease.keys[sound]) is lease.blocks[sound]:
@@ -242,7 +222,7 @@ class PrefixCache:
             if block:
                 block.exact = False
         self._tell()
-        number = len(tokens) // self._identity.block_tokens - 1
+        number = len(tokens) // self.block_tokens - 1
         return (Grant(((number, block.slot),), {block.slot: block}) if block else Grant(())), key
 
     def _reserve(self, key: bytes, parent: bytes, *, copy: bool = False) -> Block | None:
@@ -279,7 +259,7 @@ class PrefixCache:
             self._stored += entered
         self._tell()
         if entered:
-            diag(logger, "prefix-cache insert", blocks=entered, tokens=entered * self._identity.block_tokens)
+            diag(logger, "prefix-cache insert", blocks=entered, tokens=entered * self.block_tokens)
         return entered
 
     def _enter(self, block: Block, digest: bytes) -> bool:

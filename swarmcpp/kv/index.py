@@ -46,18 +46,14 @@ class BlockIndex:
         self._free = list(range(n_slots - 1, -1, -1))
         self._n_slots = n_slots
         self._max_entries = max_entries
-        self._leaves = 0
+        self.leaves = 0
+        """Chains that are stored: blocks without a stored continuation."""
         self._heap: list[tuple[bool, int, bytes]] = []
         self.tick = 0
         self.evictions = 0
 
     def __len__(self) -> int:
         return len(self._blocks)
-
-    @property
-    def leaves(self) -> int:
-        """Chains that are stored: blocks without a stored continuation."""
-        return self._leaves
 
     def get(self, key: bytes) -> Block | None:
         """The block of a key."""
@@ -122,9 +118,9 @@ class BlockIndex:
                 self._blocks[block.parent].children += 1
         for block in self._blocks.values():
             if not block.children:
-                self._leaves += 1
+                self.leaves += 1
             self._offer(block)
-        while self._max_entries and self._leaves > self._max_entries and (gone := self._evict_chain()):
+        while self._max_entries and self.leaves > self._max_entries and (gone := self._evict_chain()):
             dropped += gone
         return dropped
 
@@ -153,16 +149,16 @@ class BlockIndex:
         block = Block(key, parent, self._free.pop(), b"", self.tick, pins=1, ready=False, copy=copy)
         self._blocks[key] = block
         if above:
-            self._leaves -= above.children == 0
+            self.leaves -= above.children == 0
             above.children += 1
-        self._leaves += 1
+        self.leaves += 1
         self._offer(block)
         return block, evicted
 
     def _too_many_chains(self, above: Block | None) -> bool:
         """Whether one more block after `above` makes a chain too many; what is evicted may change that."""
         grows = above is None or above.children > 0
-        return bool(self._max_entries) and grows and self._leaves >= self._max_entries
+        return bool(self._max_entries) and grows and self.leaves >= self._max_entries
 
     def reopen(self, block: Block) -> None:
         """Let a block that nobody reads be written again in its place: it is as `reserve` leaves a new one."""
@@ -245,12 +241,12 @@ class BlockIndex:
         del self._blocks[block.key]
         self._free.append(block.slot)
         if not block.children:
-            self._leaves -= 1
+            self.leaves -= 1
         above = self._blocks.get(block.parent)
         if above:
             above.children -= 1
             if not above.children:
-                self._leaves += 1
+                self.leaves += 1
                 self._offer(above)
 
     def check_integrity(self) -> None:
@@ -267,7 +263,7 @@ class BlockIndex:
         for block in self._blocks.values():
             if block.children != children.get(block.key, 0):
                 raise AssertionError("a wrong count of children")
-        if self._leaves != sum(1 for block in self._blocks.values() if not block.children):
+        if self.leaves != sum(1 for block in self._blocks.values() if not block.children):
             raise AssertionError("a wrong count of leaves")
 
 
