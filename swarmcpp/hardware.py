@@ -135,17 +135,11 @@ def parse_cpuinfo(text: str) -> CpuInfo:
 def read_cgroup(root: Path = Path("/")) -> CgroupLimits:
     """The tightest limits of this process's control groups, version 1 or 2."""
     groups = cgroup_dirs(_read(root / "proc/self/cgroup"), _read(root / "proc/self/mountinfo"))
-    cpus: float | None = None
-    for directory in groups.get("cpu", ()):
-        cpus = _least(cpus, _cpu_limit(root / directory.relative_to("/")))
-    limit: int | None = None
-    used = 0
-    for directory in groups.get("memory", ()):
-        here = root / directory.relative_to("/")
-        found = parse_memory_limit(_read(here / "memory.max") or _read(here / "memory.limit_in_bytes"))
-        if found is not None and (limit is None or found < limit):
-            limit, used = found, _memory_used(here)
-    return CgroupLimits(cpus, limit, used)
+    cpu, memory = ([root / each.relative_to("/") for each in groups.get(name, ())] for name in ("cpu", "memory"))
+    quotas = [quota for each in cpu if (quota := _cpu_limit(each)) is not None]
+    limits = [(limit, at) for at, each in enumerate(memory) if (limit := _memory_limit(each)) is not None]
+    limit, at = min(limits, default=(None, 0))
+    return CgroupLimits(min(quotas, default=None), limit, 0 if limit is None else _memory_used(memory[at]))
 
 
 def cgroup_dirs(membership: str, mountinfo: str) -> dict[str, tuple[PurePosixPath, ...]]:
@@ -229,6 +223,10 @@ def parse_memory_stat(text: str) -> int:
         return 0
 
 
+def _memory_limit(directory: Path) -> int | None:
+    return parse_memory_limit(_read(directory / "memory.max") or _read(directory / "memory.limit_in_bytes"))
+
+
 def _memory_used(directory: Path) -> int:
     text = _read(directory / "memory.current") or _read(directory / "memory.usage_in_bytes")
     used = int(text) if text.strip().isdigit() else 0
@@ -237,21 +235,18 @@ def _memory_used(directory: Path) -> int:
 
 def disk_free(path: Path) -> int:
     """Bytes that this user may still write at `path`, or at the nearest directory above that exists."""
-    at = path.absolute()
-    while not at.exists() and at != at.parent:
-        at = at.parent
-    return int(psutil.disk_usage(str(at)).free)
+    return int(psutil.disk_usage(str(existing(path))).free)
+
+
+def existing(path: Path) -> Path:
+    """`path`, or the nearest directory above it that exists."""
+    return next((each for each in (path, *path.absolute().parents) if each.exists()), path)
 
 
 def _affinity() -> frozenset[int] | None:
     # psutil has no cpu_affinity on macOS, where a process cannot be bound to processors.
     ask = getattr(psutil.Process(), "cpu_affinity", None)
     return frozenset(ask()) if ask is not None else None
-
-
-def _least(first: float | None, second: float | None) -> float | None:
-    known = [each for each in (first, second) if each is not None]
-    return min(known) if known else None
 
 
 def _read(path: Path) -> str:

@@ -19,7 +19,7 @@ from rich.text import Text
 from swarmcpp import __version__
 from swarmcpp.commands import terminal
 from swarmcpp.config import Config
-from swarmcpp.hardware import Hardware, disk_free, read_hardware
+from swarmcpp.hardware import Hardware, disk_free, existing, read_hardware
 from swarmcpp.llama.probe import ProbeReport, probe
 
 Level = Literal["ok", "warn", "fail"]
@@ -157,9 +157,7 @@ def check_disk(data_dir: Path, free: int, *, writable: bool) -> Finding:
 
 def is_writable(path: Path) -> bool:
     """Whether `path`, or the nearest directory above it that exists, can be written."""
-    at = path.absolute()
-    while not at.exists() and at != at.parent:
-        at = at.parent
+    at = existing(path)
     return at.is_dir() and os.access(at, os.W_OK | os.X_OK)
 
 
