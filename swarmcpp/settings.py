@@ -50,7 +50,6 @@ class Setting:
 
     key: str
     kind: str
-    optional: bool
     default: Callable[[], object]
     help: str
     low: float | None
@@ -97,14 +96,14 @@ class Setting:
         return value
 
 
-_KINDS: Mapping[object, tuple[str, bool]] = {
-    bool: ("boolean", False),
-    int: ("whole number", False),
-    float: ("number", False),
-    str: ("text", False),
-    str | None: ("text", True),
-    Path: ("path", False),
-    tuple[str, ...]: ("list of text", False),
+_KINDS: Mapping[object, str] = {
+    bool: "boolean",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    str | None: "text",
+    Path: "path",
+    tuple[str, ...]: "list of text",
 }
 
 
@@ -120,12 +119,7 @@ def describe(root: type) -> tuple[Setting, ...]:
             if is_dataclass(hint):
                 walk(hint, f"{prefix}{each.name}.")
             else:
-                kind, optional = _KINDS[hint]
-                found.append(
-                    Setting(
-                        key=prefix + each.name, kind=kind, optional=optional, default=_default(each), **each.metadata
-                    )
-                )
+                found.append(Setting(prefix + each.name, _KINDS[hint], _default(each), **each.metadata))
 
     walk(root, "")
     return tuple(found)

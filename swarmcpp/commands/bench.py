@@ -6,7 +6,6 @@ import asyncio
 import random
 import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
@@ -23,16 +22,6 @@ ANSWER_TOKENS = 64
 RUNS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One measurement: median over the runs. Rates are all tokens / wall time, in tokens per second."""
-
-    users: int
-    prefill_tps: float
-    decode_tps: float
-    ttft_ms: float
-
-
 def run(loaded: LoadedConfig) -> None:
     """Measure and print. Raises StartupError when the model cannot be found or loaded."""
     console = terminal.stderr()
@@ -42,12 +31,14 @@ def run(loaded: LoadedConfig) -> None:
     table = Table(title=f"{path.name}: median of {RUNS} runs")
     for heading in ("users", "prefill tokens/s", "decode tokens/s", "time to first token"):
         table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(str(row.users), f"{row.prefill_tps:.1f}", f"{row.decode_tps:.1f}", f"{row.ttft_ms:.0f} ms")
+    for users, prefill_tps, decode_tps, ttft_ms in rows:
+        table.add_row(str(users), f"{prefill_tps:.1f}", f"{decode_tps:.1f}", f"{ttft_ms:.0f} ms")
     terminal.stdout().print(table)
 
 
-async def _measure(config: Config, path: Path) -> list[Row]:
+async def _measure(config: Config, path: Path) -> list[tuple[float, ...]]:
+    """(users, prefill rate, decode rate, ms to the first token): each the median over the runs, rates in tokens/s of
+    all users together."""
     prepared = await asyncio.to_thread(prepare, config, path)
     supervisor = EngineSupervisor(prepared.options)
     supervisor.start()
@@ -58,10 +49,10 @@ async def _measure(config: Config, path: Path) -> list[Row]:
         prompt = min(PROMPT_TOKENS, ctx_size - answer)
         draw = random.Random(0)
         users = sorted({1, min(4, prepared.options.slots), prepared.options.slots})
-        rows: list[Row] = []
+        rows: list[tuple[float, ...]] = []
         for count in users:
             runs = [await _run(supervisor, count, prompt, answer, prepared.info.n_vocab, draw) for _ in range(RUNS)]
-            rows.append(Row(count, *(statistics.median(column) for column in zip(*runs, strict=True))))
+            rows.append((count, *(statistics.median(column) for column in zip(*runs, strict=True))))
         return rows
     finally:
         await supervisor.close()

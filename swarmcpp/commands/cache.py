@@ -17,19 +17,11 @@ def _arenas(loaded: LoadedConfig) -> list[Path]:
     return sorted((loaded.config.storage.data_dir / "arena").glob("*.arena"))
 
 
-def _entries(path: Path) -> int | None:
-    """Blocks in an arena file; None when it is not one."""
-    known = read_header(path)
-    if known is None:
-        return None
-    return Arena.count(path, known[0])
-
-
 def ls(loaded: LoadedConfig, *, as_json: bool) -> None:
     """List the arenas: of which model, how full, how much disk."""
     rows = []
     for path in _arenas(loaded):
-        known, blocks = read_header(path), _entries(path)
+        known = read_header(path)
         try:
             stat = path.stat()
         except OSError:
@@ -39,7 +31,7 @@ def ls(loaded: LoadedConfig, *, as_json: bool) -> None:
             {
                 "file": path.name,
                 "model": read_label(path),
-                "blocks": blocks,
+                "blocks": Arena.count(path, known[0]) if known else None,
                 "capacity": known[0].n_blocks if known else None,
                 "block_bytes": known[0].block_bytes if known else None,
                 # Sparse files use less than their size; systems that do not tell count the size.
