@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -130,8 +131,19 @@ class _Asker:
         return not self.tasks and not self.unread_bytes()
 
 
-def secure(socket: Any) -> None:
-    """What holds for every socket of the swarm, on both sides."""
+async def received(socket: Any, *, copy: bool = True) -> AsyncIterator[list[Any]]:
+    """The messages of a socket as they come, for ever; see FAIRNESS."""
+    for count in itertools.count(1):
+        yield await socket.recv_multipart(copy=copy)
+        if count % FAIRNESS == 0:
+            await asyncio.sleep(0)
+
+
+def secure(socket: Any, keys: KeyPair, frame_bytes: int) -> None:
+    """What holds for every socket of the swarm, on both sides: who it is, and the longest frame that it takes."""
+    socket.curve_publickey = keys.public.encode()
+    socket.curve_secretkey = keys.secret.encode()
+    socket.maxmsgsize = frame_bytes + CURVE_OVERHEAD
     socket.ipv6 = True
     socket.linger = 0
     socket.handshake_ivl = HANDSHAKE_IVL_MS
@@ -201,14 +213,11 @@ class Endpoint:
 
     def _server(self, kind: int, frame_bytes: int, queue: int) -> Any:
         socket = self._context.socket(kind)
-        secure(socket)
+        secure(socket, self._keys, frame_bytes)
         socket.curve_server = True
-        socket.curve_publickey = self._keys.public.encode()
-        socket.curve_secretkey = self._keys.secret.encode()
         socket.zap_domain = _ZAP_DOMAIN
         # Without this a ZAP handler that is gone would admit everybody.
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-        socket.maxmsgsize = frame_bytes + CURVE_OVERHEAD
         socket.sndhwm = socket.rcvhwm = queue
         socket.backlog = _BACKLOG
         return socket
@@ -237,22 +246,15 @@ class Endpoint:
 
     async def _admit(self) -> None:
         """Answer ZAP requests (RFC 27); they come from this process's own ZeroMQ."""
-        count = 0
-        while True:
-            version, request, domain, _address, _identity, mechanism, *credentials = await self._zap.recv_multipart()
+        async for version, request, domain, _address, _identity, mechanism, *credentials in received(self._zap):
             known = (domain, mechanism, credentials) == (_ZAP_DOMAIN, b"CURVE", [self._member])
             status = (b"200", b"OK") if known else (b"400", b"the key is not accepted")
             await self._zap.send_multipart([version, request, *status, b"", b""])
-            count += 1
-            if count % FAIRNESS == 0:
-                await asyncio.sleep(0)
 
     # -- requests ------------------------------------------------------------------------------------------------
 
     async def _receive(self) -> None:
-        count = 0
-        while True:
-            asker, *frames = await self._router.recv_multipart(copy=False)
+        async for asker, *frames in received(self._router, copy=False):
             try:
                 self._accept(asker.bytes, frames)
             except WireError as error:
@@ -262,9 +264,6 @@ class Endpoint:
                 pass
             except Exception:
                 logger.exception("a request could not be taken")
-            count += 1
-            if count % FAIRNESS == 0:
-                await asyncio.sleep(0)
 
     def _drop(self, error: WireError) -> None:
         self.bad_messages += 1

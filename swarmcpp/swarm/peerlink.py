@@ -20,7 +20,7 @@ import zmq.asyncio
 
 from swarmcpp.errors import PeerLost, PeerTimeout, QueueFull, SwarmError, WireError, revive
 from swarmcpp.peers import Address
-from swarmcpp.swarm.endpoint import CURVE_OVERHEAD, FAIRNESS, ID_BYTES, secure, tcp
+from swarmcpp.swarm.endpoint import ID_BYTES, received, secure, tcp
 from swarmcpp.swarm.identity import KeyPair, node_id
 from swarmcpp.wire.peers import (
     MAX_FRAMES,
@@ -271,11 +271,8 @@ class PeerLink:
 
     def _client(self, kind: int, frame_bytes: int, receive_queue: int) -> Any:
         socket = self._context.socket(kind)
-        secure(socket)
+        secure(socket, self._member, frame_bytes)
         socket.curve_serverkey = self.address.key.encode()
-        socket.curve_publickey = self._member.public.encode()
-        socket.curve_secretkey = self._member.secret.encode()
-        socket.maxmsgsize = frame_bytes + CURVE_OVERHEAD
         socket.sndhwm, socket.rcvhwm = _SEND_QUEUE, receive_queue
         return socket
 
@@ -344,10 +341,8 @@ class PeerLink:
 
     async def _read(self, dealer: Any) -> None:
         try:
-            for count in itertools.count(1):
-                self._deliver(await dealer.recv_multipart(copy=False))
-                if count % FAIRNESS == 0:
-                    await asyncio.sleep(0)
+            async for frames in received(dealer, copy=False):
+                self._deliver(frames)
         except Exception:
             logger.exception("replies of %s cannot be read", self.address)
 
@@ -396,14 +391,11 @@ class PeerLink:
 
     async def _hear(self, sub: Any) -> None:
         try:
-            for count in itertools.count(1):
-                frames = await sub.recv_multipart()
+            async for frames in received(sub):
                 with contextlib.suppress(WireError):
                     news = decode(frames[0])
                     if len(frames) == 1 and isinstance(news, Gossip) and news.node == self._node:
                         self._on_news(news)
-                if count % FAIRNESS == 0:
-                    await asyncio.sleep(0)
         except Exception:
             logger.exception("news of %s cannot be heard", self.address)
 
