@@ -21,7 +21,7 @@ JsonObject = dict[str, Any]
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring = 2, 3, 3, 40
 
-SAMPLING_FIELDS = frozenset(
+COMMON_FIELDS = frozenset(
     {
         "temperature",
         "top_p",
@@ -35,32 +35,27 @@ SAMPLING_FIELDS = frozenset(
         "repeat_last_n",
         "logit_bias",
         "ignore_eos",
+        "model",
+        "max_tokens",
+        "max_completion_tokens",
+        "n",
+        "stop",
+        "stream",
+        "stream_options",
+        "echo",
+        "cache_salt",
     }
 )
-COMMON_FIELDS = SAMPLING_FIELDS | {
-    "model",
-    "max_tokens",
-    "max_completion_tokens",
-    "n",
-    "stop",
-    "stream",
-    "stream_options",
-    "echo",
-    "cache_salt",
-}
 CHAT_FIELDS = COMMON_FIELDS | {"messages"}
 TEXT_FIELDS = COMMON_FIELDS | {"prompt"}
 
-NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
-    "store": (),
-    "service_tier": ("auto", "default"),
-}
-"""Fields of OpenAI's accounts: accepted with a value that changes nothing. `user` and `metadata` take any."""
-
 FREE_FORM: Mapping[str, type] = {"user": str, "metadata": dict}
+"""Fields of OpenAI's accounts that are accepted with any value, since they change nothing."""
 
 KNOWN_ELSEWHERE: Mapping[str, tuple[Any, ...]] = {
     # OpenAI
+    "store": (),
+    "service_tier": ("auto", "default"),
     "tools": (),
     "tool_choice": ("none",),
     "functions": (),
@@ -167,9 +162,6 @@ def check_known(body: JsonObject, supported: frozenset[str]) -> None:
         if name in FREE_FORM:
             if value is not None and not isinstance(value, FREE_FORM[name]):
                 raise BadRequest(f"{name} must be {_NAMES[FREE_FORM[name]]}, not {show(value)}", param=name)
-        elif name in NO_EFFECT:
-            if not _asks_nothing(name, value, NO_EFFECT[name]):
-                raise unsupported(name, value)
         elif name in KNOWN_ELSEWHERE:
             if not _asks_nothing(name, value, KNOWN_ELSEWHERE[name]):
                 raise unsupported(name, value)

@@ -84,18 +84,12 @@ LimitsOf = Callable[[str | None], Limits]
 
 def parse_chat(body: bytes, limits_of: LimitsOf, draw_seed: SeedSource) -> Query:
     """The query of a POST /v1/chat/completions body. Raises BadRequest and UnsupportedField."""
-    obj = decode_object(body)
-    fields.check_known(obj, fields.CHAT_FIELDS)
-    limits = limits_of(fields.typed(obj, "model", str))
-    return _query(obj, limits, draw_seed, messages=_messages(obj.get("messages"), limits))
+    return _query("chat", body, limits_of, draw_seed)
 
 
 def parse_text(body: bytes, limits_of: LimitsOf, draw_seed: SeedSource) -> Query:
     """The query of a POST /v1/completions body. Raises BadRequest and UnsupportedField."""
-    obj = decode_object(body)
-    fields.check_known(obj, fields.TEXT_FIELDS)
-    limits = limits_of(fields.typed(obj, "model", str))
-    return _query(obj, limits, draw_seed, prompts=_prompts(obj.get("prompt"), limits))
+    return _query("text", body, limits_of, draw_seed)
 
 
 def too_long(what: str, ctx_size: int, param: str) -> PromptTooLong:
@@ -123,22 +117,20 @@ def decode_object(body: bytes) -> JsonObject:
     return obj
 
 
-def _query(
-    obj: JsonObject,
-    limits: Limits,
-    draw_seed: SeedSource,
-    *,
-    messages: tuple[ChatMessage, ...] = (),
-    prompts: tuple[Prompt, ...] = (),
-) -> Query:
+def _query(kind: Literal["chat", "text"], body: bytes, limits_of: LimitsOf, draw_seed: SeedSource) -> Query:
+    obj = decode_object(body)
+    fields.check_known(obj, fields.CHAT_FIELDS if kind == "chat" else fields.TEXT_FIELDS)
     model = fields.typed(obj, "model", str)
+    limits = limits_of(model)
+    messages = _messages(obj.get("messages"), limits) if kind == "chat" else ()
+    prompts = _prompts(obj.get("prompt"), limits) if kind == "text" else ()
     if model == "":
         raise BadRequest("model is empty; name one of GET /v1/models, or leave it out", param="model")
     if fields.flag(obj, "echo"):
         raise fields.unsupported("echo", True)
     stream = fields.flag(obj, "stream")
     query = Query(
-        kind="chat" if messages else "text",
+        kind=kind,
         model=model,
         messages=messages,
         prompts=prompts,
