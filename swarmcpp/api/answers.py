@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 
 from swarmcpp.api import replies
 from swarmcpp.api.metrics import Metrics
@@ -210,17 +211,15 @@ class Answer:
         return replies.total_usage(usages[start : start + n] for start in range(0, len(usages), n))
 
 
+@dataclass(slots=True)
 class _Progress:
     """What one choice has produced; times in seconds of the injected clock."""
 
-    __slots__ = ("done", "first", "last", "started", "tokens")
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.first = 0.0
-        self.last = 0.0
-        self.started: Started | None = None
-        self.done: Done | None = None
+    tokens: int = 0
+    first: float = 0.0
+    last: float = 0.0
+    started: Started | None = None
+    done: Done | None = None
 
 
 async def merge(streams: Sequence[AsyncIterator[Event]]) -> AsyncGenerator[tuple[int, Event], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -23,47 +24,40 @@ class Metrics:
 
     def __init__(self, snapshot: Callable[[], NodeSnapshot]) -> None:
         self.registry = CollectorRegistry()
-        self._requests = Counter(
+        counter, histogram = partial(Counter, registry=self.registry), partial(Histogram, registry=self.registry)
+        self._requests = counter(
             "swarmcpp_requests",
             "HTTP requests by endpoint and outcome: ok, cancelled (the client left), slow_client, or an error code.",
             ("endpoint", "outcome"),
-            registry=self.registry,
         )
-        self._ttft = Histogram(
+        self._ttft = histogram(
             "swarmcpp_time_to_first_token_seconds",
             "From a parsed request to the first token of each of its choices.",
             buckets=_TTFT_BUCKETS_S,
-            registry=self.registry,
         )
-        self._tpot = Histogram(
+        self._tpot = histogram(
             "swarmcpp_time_per_output_token_seconds",
             "Mean time between the tokens of one choice after its first.",
             buckets=_TPOT_BUCKETS_S,
-            registry=self.registry,
         )
-        self._prompt = Counter("swarmcpp_prompt_tokens", "Prompt tokens of finished choices.", registry=self.registry)
-        self._cached = Counter(
+        self._prompt = counter("swarmcpp_prompt_tokens", "Prompt tokens of finished choices.")
+        self._cached = counter(
             "swarmcpp_prompt_tokens_cached",
             "Prompt tokens that were not computed again, by where they came from.",
             ["tier"],
-            registry=self.registry,
         )
-        self._lookups = Counter(
+        self._lookups = counter(
             "swarmcpp_prefix_lookups",
             "Finished choices by where the beginning of their prompt came from; miss: nowhere.",
             ["tier"],
-            registry=self.registry,
         )
-        self._routed = Counter(
+        self._routed = counter(
             "swarmcpp_routed_requests",
             "Choices that had a first token, by where they ran (local or peer) and outcome: ok, cancelled (the client "
             "left), or an error code.",
             ("route", "outcome"),
-            registry=self.registry,
         )
-        self._completion = Counter(
-            "swarmcpp_completion_tokens", "Tokens generated, also of choices that were cut off.", registry=self.registry
-        )
+        self._completion = counter("swarmcpp_completion_tokens", "Tokens generated, also of choices that were cut off.")
         self.registry.register(_SnapshotCollector(snapshot))
 
     def request(self, endpoint: str, outcome: str) -> None:

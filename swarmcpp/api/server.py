@@ -16,9 +16,9 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 from aiohttp import web
-from aiohttp.typedefs import Middleware
 
 from swarmcpp.api import answers, openai, replies
 from swarmcpp.api.answers import Answer
@@ -68,7 +68,7 @@ def build_app(
         # Most likely an unset variable; an open server is not what was meant.
         raise BadConfig("the API key is empty; set --api-key to a secret, or leave it out for a server without a key")
     api = _Api(service, options, Metrics(service.snapshot), clock, draw_seed)
-    app = web.Application(middlewares=[_root_middleware(api)])
+    app = web.Application(middlewares=[api.root])
     app[OPTIONS] = options
     app[BUSY] = api.busy
     app.on_response_prepare.append(api.add_headers)
@@ -83,22 +83,12 @@ def build_app(
     return app
 
 
-def _root_middleware(api: _Api) -> Middleware:
-    @web.middleware
-    async def root(request: web.Request, handler: Handler) -> web.StreamResponse:
-        return await api.root(request, handler)
-
-    return root
-
-
+@dataclass(slots=True)
 class _Trace:
     """What is told of a request in its headers and in the metrics."""
 
-    __slots__ = ("id", "outcome")
-
-    def __init__(self, request_id: str) -> None:
-        self.id = request_id
-        self.outcome = "ok"
+    id: str
+    outcome: str = "ok"
 
 
 _trace: ContextVar[_Trace] = ContextVar("trace")
@@ -112,11 +102,7 @@ def _new_trace() -> _Trace:
 
 
 class _ClientGone(Exception):
-    """There is no one left to answer; `outcome` is for the metrics."""
-
-    def __init__(self, outcome: str) -> None:
-        super().__init__(outcome)
-        self.outcome = outcome
+    """There is no one left to answer; its text is the outcome for the metrics."""
 
 
 class _Api:
@@ -135,6 +121,7 @@ class _Api:
 
     # ---- around every request
 
+    @web.middleware
     async def root(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """The task root of every request: every error becomes an answer and is counted."""
         trace = _new_trace()
@@ -148,7 +135,7 @@ class _Api:
             trace.outcome = Cancelled.code
             raise
         except _ClientGone as gone:
-            trace.outcome = gone.outcome
+            trace.outcome = str(gone)
             return web.Response(status=Cancelled.status)
         finally:
             self.busy.discard(request.protocol)
