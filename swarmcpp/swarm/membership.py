@@ -7,7 +7,6 @@ caller checks that `gossip.node` is whom it subscribed to.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from itertools import pairwise
@@ -271,80 +270,62 @@ def check_capability(capability: Capability) -> Capability:
     offers = (*kept.models, *kept.stages)
     _check_amounts(node, kept, kept.load, kept.hits, *kept.addresses, *offers, *kept.observed_latencies)
     if not all(_NODE_ID.fullmatch(each.peer) for each in kept.observed_latencies):
-        raise WireError(f"node {node} measured a link to what is no node id (16 hex digits); its news is ignored")
+        raise _nonsense(node, "measured a link to what is no node id (16 hex digits)")
     for address in kept.addresses:
         if not 0 < len(address.host) <= MAX_HOST or len(address.key) != KEY_CHARS or not 0 < address.port < 65536:
-            raise WireError(
-                f"node {node} has an address that is none (host of 1 to {MAX_HOST} characters, port of 1 to 65535, "
-                f"key of {KEY_CHARS} characters); its news is ignored"
-            )
+            form = f"host of 1 to {MAX_HOST} characters, port of 1 to 65535, key of {KEY_CHARS} characters"
+            raise _nonsense(node, f"has an address that is none ({form})")
     longest = heartbeat_s(MAX_PEERS + 1)
     if not 0 < kept.heartbeat_s <= longest or kept.pub_port > 65535:
-        raise WireError(
-            f"node {node} has a heartbeat of {kept.heartbeat_s} s and gossip port {kept.pub_port}, outside "
-            f"0..{longest:g} s and 0..65535; its news is ignored"
-        )
+        said = f"has a heartbeat of {kept.heartbeat_s} s and gossip port {kept.pub_port}"
+        raise _nonsense(node, f"{said}, outside 0..{longest:g} s and 0..65535")
     return kept
 
 
 def _check_model(node: NodeId, model: ModelOffer) -> ModelOffer:
     if not 0 <= model.first < model.last <= model.n_layers:
-        raise WireError(
-            f"node {node} offers layers {model.first} to {model.last} of {model.n_layers}; its news is ignored"
-        )
+        raise _nonsense(node, f"offers layers {model.first} to {model.last} of {model.n_layers}")
     roots = (DIGEST_BYTES,) if model.token_bytes else (0, DIGEST_BYTES)
     if len(model.fingerprint) != DIGEST_BYTES or len(model.root) not in roots:
-        raise WireError(
-            f"node {node} offers a model with a fingerprint of {len(model.fingerprint)} and a root of "
-            f"{len(model.root)} bytes instead of {DIGEST_BYTES}; its news is ignored"
-        )
+        sizes = f"a fingerprint of {len(model.fingerprint)} and a root of {len(model.root)} bytes"
+        raise _nonsense(node, f"offers a model with {sizes} instead of {DIGEST_BYTES}")
     # A model is asked for by its id: a shortened one would be another model's.
     if not 0 < len(model.id) <= MAX_TEXT:
-        raise WireError(f"node {node} offers a model whose id is not 1 to {MAX_TEXT} characters; its news is ignored")
-    return replace(
-        model,
-        architecture=_line(model.architecture, MAX_NAME),
-        description=_line(model.description, MAX_TEXT),
-    )
+        raise _nonsense(node, f"offers a model whose id is not 1 to {MAX_TEXT} characters")
+    architecture, description = _line(model.architecture, MAX_NAME), _line(model.description, MAX_TEXT)
+    return replace(model, architecture=architecture, description=description)
 
 
 def _check_stage(node: NodeId, stage: StageOffer) -> StageOffer:
     if not 0 <= stage.first < stage.last <= stage.n_layers <= MAX_LAYERS or len(stage.fingerprint) != DIGEST_BYTES:
-        raise WireError(
-            f"node {node} has a stage of layers {stage.first} to {stage.last} of {stage.n_layers} (at most "
-            f"{MAX_LAYERS}) and a fingerprint of {len(stage.fingerprint)} bytes ({DIGEST_BYTES}); its news is ignored"
-        )
+        layers = f"layers {stage.first} to {stage.last} of {stage.n_layers} (at most {MAX_LAYERS})"
+        digest = f"a fingerprint of {len(stage.fingerprint)} bytes ({DIGEST_BYTES})"
+        raise _nonsense(node, f"has a stage of {layers} and {digest}")
     if not 0 < len(stage.model) <= MAX_TEXT:
-        raise WireError(
-            f"node {node} has a stage of a model whose id is not 1 to {MAX_TEXT} characters; its news is ignored"
-        )
+        raise _nonsense(node, f"has a stage of a model whose id is not 1 to {MAX_TEXT} characters")
     if not 0 <= stage.free <= stage.slots <= MAX_SEQUENCES:
-        raise WireError(
-            f"node {node} has a stage with {stage.free} of {stage.slots} sequences free (at most {MAX_SEQUENCES}); "
-            "its news is ignored"
-        )
+        free = f"{stage.free} of {stage.slots} sequences free (at most {MAX_SEQUENCES})"
+        raise _nonsense(node, f"has a stage with {free}")
     times = stage.pass_s[:MAX_PASS_TIMES]
     rows = [n_rows for n_rows, _ in times]
     rising = all(low < high for low, high in pairwise((0, *rows, MAX_PARTS + 1)))
     if not rising or not all(0 < seconds <= MAX_AMOUNT for _, seconds in times):
-        raise WireError(
-            f"node {node} has a stage with times of passes that are none (rising rows of 1 to {MAX_PARTS}, seconds "
-            "above 0); its news is ignored"
-        )
+        form = f"rising rows of 1 to {MAX_PARTS}, seconds above 0"
+        raise _nonsense(node, f"has a stage with times of passes that are none ({form})")
     return replace(stage, pass_s=times)
 
 
 def _check_amounts(node: NodeId, *parts: Any) -> None:
     """Raise WireError unless every number in the dataclasses `parts` is in 0..MAX_AMOUNT, which NaN is not."""
     for part in parts:
-        for name in _numbers(part):
+        for name in (each.name for each in fields(part)):
             value = getattr(part, name)
-            if not 0 <= value <= MAX_AMOUNT:
-                raise WireError(f"node {node} says {name} = {value}, outside 0..{MAX_AMOUNT}; its news is ignored")
+            if isinstance(value, int | float) and not 0 <= value <= MAX_AMOUNT:
+                raise _nonsense(node, f"says {name} = {value}, outside 0..{MAX_AMOUNT}")
 
 
-def _numbers(part: Any) -> Iterable[str]:
-    return (each.name for each in fields(part) if isinstance(getattr(part, each.name), int | float))
+def _nonsense(node: NodeId, what: str) -> WireError:
+    return WireError(f"node {node} {what}; its news is ignored")
 
 
 def _line(text: str, limit: int) -> str:
