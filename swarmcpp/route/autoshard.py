@@ -49,35 +49,27 @@ class Nothing:
 
 
 @dataclass(frozen=True, slots=True)
-class Acquire:
-    """Load [first, last) beside what is held; its state is "loading" and then "ready"."""
+class _Move:
+    """Something to do with [first, last)."""
 
     first: int
     last: int
 
 
-@dataclass(frozen=True, slots=True)
-class Drain:
-    """Take no new request on [first, last), and say so; its state is "draining"."""
-
-    first: int
-    last: int
+class Acquire(_Move):
+    """Load it beside what is held; its state is "loading" and then "ready"."""
 
 
-@dataclass(frozen=True, slots=True)
-class Resume:
-    """Take requests on [first, last) again; its state is "ready"."""
-
-    first: int
-    last: int
+class Drain(_Move):
+    """Take no new request on it, and say so; its state is "draining"."""
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
-    """Unload [first, last), which has drained."""
+class Resume(_Move):
+    """Take requests on it again; its state is "ready"."""
 
-    first: int
-    last: int
+
+class Release(_Move):
+    """Unload it, which has drained."""
 
 
 Action = Nothing | Acquire | Drain | Resume | Release
