@@ -22,17 +22,15 @@ from bench import report
 from swarmcpp.peers import ObservedLatency
 from swarmcpp.route.parallax import (
     DEFAULT_LINK,
-    Curve,
     Link,
-    PassTimes,
     Stage,
     Work,
     chain_exists,
     cost,
     find_route,
     known_links,
-    pass_s,
 )
+from swarmcpp.route.passes import Curve, PassTimes, pass_s
 from swarmcpp.testing import FakeClock
 
 OUT = Path(__file__).resolve().parent / "out"

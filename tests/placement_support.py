@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swarmcpp.route.placement import Machine, ModelShape
+from swarmcpp.route.costs import Machine, ModelShape
 
 MB = 10**6
 

@@ -35,25 +35,7 @@ from itertools import chain, islice, pairwise
 from typing import Final
 
 from swarmcpp.peers import NodeId, ObservedLatency
-from swarmcpp.route.passes import Curve, PassTimes, micro_batches, pass_s, sound_curve
-
-__all__ = [
-    "DEFAULT_LINK",
-    "Curve",
-    "Link",
-    "PassTimes",
-    "Route",
-    "Stage",
-    "Work",
-    "chain_exists",
-    "cost",
-    "find_route",
-    "known_links",
-    "micro_batches",
-    "missing_layers",
-    "pass_s",
-    "sound_curve",
-]
+from swarmcpp.route.passes import Curve, pass_s
 
 MAX_TOLD: Final = 32
 """Links that are believed of one node."""

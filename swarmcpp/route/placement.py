@@ -31,23 +31,10 @@ from swarmcpp.route.costs import (
     PlacedStage,
     Placement,
     Spare,
-    stage_bytes,
 )
-from swarmcpp.route.placement_words import explain, size
+from swarmcpp.route.placement_words import size
 
-__all__ = [
-    "Expected",
-    "Machine",
-    "ModelShape",
-    "Pipeline",
-    "PlacedStage",
-    "Placement",
-    "Spare",
-    "expected",
-    "explain",
-    "place",
-    "stage_bytes",
-]
+__all__ = ["Expected", "Placement", "expected", "place"]
 
 GAIN: Final = 0.1
 """What another layout must win by before machines load other layers: measured rates differ by as much."""

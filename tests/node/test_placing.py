@@ -17,8 +17,8 @@ from swarmcpp.node.view import MAX_CHAIN, chain_text
 from swarmcpp.peers import Capability, Load, ModelOffer, ObservedLatency, StageOffer
 from swarmcpp.pipeline.chains import missing_text
 from swarmcpp.pipeline.contract import StageRef
+from swarmcpp.route.costs import stage_bytes
 from swarmcpp.route.parallax import Stage
-from swarmcpp.route.placement import stage_bytes
 
 FINGERPRINT, OTHER = bytes(range(32)), bytes(32)
 N_LAYERS = 8

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from swarmcpp.peers import ObservedLatency
 from swarmcpp.route.parallax import (
     DEFAULT_LINK,
-    Curve,
     Link,
     Route,
     Stage,
@@ -26,8 +25,8 @@ from swarmcpp.route.parallax import (
     find_route,
     known_links,
     missing_layers,
-    sound_curve,
 )
+from swarmcpp.route.passes import Curve, sound_curve
 
 Links = dict[tuple[str, str], Link]
 HEAD = "head"

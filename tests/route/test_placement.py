@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from placement_support import MB, machine, shape
 
-from swarmcpp.route.placement import Machine, ModelShape, Placement, expected, place, stage_bytes
+from swarmcpp.route.costs import Machine, ModelShape, Placement, stage_bytes
+from swarmcpp.route.placement import expected, place
 
 RTTS_MS = [0.0, 0.5, 5.0, 40.0]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from placement_support import machine, shape
 
-from swarmcpp.route.placement import explain, place
+from swarmcpp.route.placement import place
+from swarmcpp.route.placement_words import explain
 
 
 def text(*lines: str) -> str:
