@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from swarmcpp.core import (
     ChatMessage,
@@ -21,7 +26,7 @@ from swarmcpp.core import (
     Token,
     Usage,
 )
-from swarmcpp.errors import NotReady, QueueFull, SwarmError, UnknownModel
+from swarmcpp.errors import NotReady, QueueFull, StageLost, SwarmError, UnknownModel, WireError
 
 FAKE_MODEL = ModelInfo(
     id="fake",
@@ -161,3 +166,106 @@ class FakeService:
         usage = Usage(len(request.prompt), len(kept.encode()))
         done = Done("stop" if kept == text else "length", usage, Timings(queue_s=0.0, prefill_s=0.5, decode_s=0.25))
         return kept, done
+
+
+Rows = npt.NDArray[np.float32]
+
+
+def summed(rows: Rows, first: int, last: int) -> Rows:
+    """What layers [first, last) of a `FakeStage` make of all rows (n, n_embd) of a sequence, which are integers."""
+    for layer in range(first, last):
+        rows = (rows.cumsum(axis=0, dtype=np.float64) * 3 + layer) % 61
+    return rows.astype(np.float32)
+
+
+def summed_token(rows: Rows) -> int:
+    """What the tail samples after all `rows` that it made of a sequence."""
+    return int(rows.sum()) % FAKE_MODEL.n_vocab
+
+
+@dataclass(slots=True)
+class FakeSequence:
+    """A sequence of a `FakeStage`: the rows that came in are its KV; `keys` are of those blocks that the arena has."""
+
+    rows: Rows
+    epoch: int = -1
+    keys: tuple[bytes, ...] = ()
+    resumed: bool = False
+
+
+@dataclass
+class FakeStage:
+    """A `pipeline.calls.StageHost` whose layers [first, last) do sums, on f32. Passes are computed when they are begun,
+    and end some turns of the loop later, while `gate` is set."""
+
+    first: int
+    last: int
+    n_layers: int
+    n_embd: int = 4
+    slots: int = 64
+    block_tokens: int = 64
+    held: dict[bytes, FakeSequence] = field(default_factory=dict)
+    arena: dict[bytes, Rows] = field(default_factory=dict)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    _chance: random.Random = field(default_factory=lambda: random.Random(1))
+    _last: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    async def open(
+        self, sequence: bytes, epoch: int, keys: Sequence[bytes], request: GenerateRequest | None, n_tokens: int
+    ) -> int:
+        if sequence not in self.held and len(self.held) >= self.slots:
+            raise QueueFull(f"all {self.slots} sequences are in use", retry_after=1.0)
+        held = self.held.setdefault(sequence, FakeSequence(np.zeros((0, self.n_embd), np.float32)))
+        if epoch < held.epoch:
+            raise StageLost(f"epoch {epoch} of a sequence that is open in epoch {held.epoch}")
+        held.epoch, held.keys, held.resumed = epoch, tuple(takewhile(self.arena.__contains__, keys)), False
+        return min(max(len(held.rows), len(held.keys) * self.block_tokens), n_tokens - 1)
+
+    async def resume(self, sequence: bytes, epoch: int, n_tokens: int) -> int:
+        held = self._find(sequence, epoch)
+        if len(held.rows) < n_tokens and held.keys:
+            held.rows = np.concatenate([self.arena[key] for key in held.keys])
+        held.rows, held.resumed = held.rows[:n_tokens], True
+        return len(held.rows)
+
+    def begin(
+        self, parts: Sequence[Any], encoding: str, rows: bytes | memoryview, reply: str, done: Callable[[Any], None]
+    ) -> None:
+        held = [self._find(part.sequence, part.epoch) for part in parts]
+        if not all(each.resumed and part.start <= len(each.rows) for part, each in zip(parts, held, strict=True)):
+            raise StageLost("a sequence that is not resumed, or has a hole before these rows")
+        if memoryview(rows).nbytes != 4 * self.n_embd * sum(part.count for part in parts):
+            raise WireError(f"{memoryview(rows).nbytes} bytes of rows for {len(parts)} parts")
+        given, tokens, made = np.frombuffer(rows, np.float32).reshape(-1, self.n_embd), [], []
+        for part, each in zip(parts, held, strict=True):
+            each.rows, given = np.concatenate([each.rows[: part.start], given[: part.count]]), given[part.count :]
+            whole = summed(each.rows, self.first, self.last)
+            made.append(whole[part.start :])
+            tokens += [(Token(summed_token(whole)),)] if part.outputs else []
+        tail = self.last == self.n_layers
+        result = (tuple(tokens), None, 0.5, 0.25) if tail else ((), np.concatenate(made).tobytes(), 0.5, 0.25)
+        self._last = asyncio.create_task(self._end(self._last, done, result))
+
+    async def _end(self, before: asyncio.Task[None] | None, done: Callable[[Any], None], result: object) -> None:
+        await self.gate.wait()
+        for _ in range(self._chance.randrange(20)):
+            await asyncio.sleep(0)
+        if before:
+            await asyncio.wait((before,))
+        done(result)
+
+    async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:
+        rows, size = self._find(sequence, epoch).rows, self.block_tokens
+        self.arena.update({key: rows[n * size : (n + 1) * size] for n, key in enumerate(keys[: len(rows) // size])})
+
+    async def close_sequence(self, sequence: bytes) -> None:
+        self.held.pop(sequence, None)
+
+    def _find(self, sequence: bytes, epoch: int) -> FakeSequence:
+        held = self.held.get(sequence)
+        if held is None or held.epoch != epoch:
+            raise StageLost(f"a sequence that is not open in epoch {epoch}")
+        return held

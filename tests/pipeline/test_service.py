@@ -16,13 +16,12 @@ from stage_peers import (
     LAYERS,
     N_EMBD,
     N_LAYERS,
+    REQUEST,
     Node,
-    Rows,
-    SumStage,
-    layers,
+    open_at,
     open_nodes,
+    ref_of,
     run_pass,
-    token,
 )
 from swarm_support import DEADLINE_S, HOST, Peers, swarm, until
 
@@ -49,7 +48,7 @@ from swarmcpp.swarm.endpoint import Responder
 from swarmcpp.swarm.identity import SwarmKey, new_node_keys, node_id
 from swarmcpp.swarm.mesh import Mesh
 from swarmcpp.swarm.store import Identity
-from swarmcpp.testing import FakeClock
+from swarmcpp.testing import FakeClock, FakeStage, Rows, summed, summed_token
 from swarmcpp.wire.peers import (
     Ask,
     AskStage,
@@ -69,7 +68,6 @@ from swarmcpp.wire.peers import (
 
 SEQUENCE = b"s" * 16
 KEYS = (b"k" * 32, b"l" * 32)
-REQUEST = GenerateRequest("r", "m", (1, 2, 3), 10)
 
 
 @pytest.fixture
@@ -84,14 +82,13 @@ class Chain:
     def __init__(self, nodes: list[Node], bounds: StageBounds = BOUNDS) -> None:
         self.head, *self.nodes = nodes
         self.stages = [node.host(*part, bounds) for node, part in zip(self.nodes, LAYERS, strict=True)]
-        self.refs = tuple(stage.ref for stage in self.stages)
+        self.refs = tuple(ref_of(node.id, stage) for node, stage in zip(self.nodes, self.stages, strict=True))
         self.first = self.head.service.caller(self.refs[0])
 
     async def open(self, *sequences: bytes, epoch: int = 1) -> None:
         for sequence in sequences:
             for ref in self.refs:
-                request = REQUEST if ref.is_tail else None
-                assert await self.head.service.caller(ref).open(sequence, epoch, (), request, 3) == 0
+                await open_at(self.head.service.caller(ref), ref, sequence, epoch)
 
     def work(self, parts: tuple[PassPart, ...], rows: Rows) -> Pass:
         return Pass(parts, "f32", rows.tobytes(), self.refs[1:])
@@ -125,12 +122,14 @@ async def test_a_pass_goes_down_the_chain_and_its_ids_come_back(chain: Chain) ->
     other = b"o" * 16
     await chain.open(SEQUENCE, other)
     rows = rows_of(7)
-    done = layers(rows, 0, N_LAYERS)
     passed = await run_pass(chain.first, chain.work((part(4), part(3, sequence=other)), rows))
-    assert passed == Passed(sampled_of(token(done[:4]), token(done[4:])), (StageTime(0.5, 0.25),) * 3)
+    assert passed == Passed(
+        sampled_of(*(summed_token(summed(each, 0, N_LAYERS)) for each in (rows[:4], rows[4:]))),
+        (StageTime(0.5, 0.25),) * 3,
+    )
     assert (await run_pass(chain.first, chain.work((part(2, 4, output=False),), rows_of(2)))).tokens == ()
     more = rows_of(1, 2)
-    expected = token(np.concatenate([done[:3], layers(more, 0, N_LAYERS)]))
+    expected = summed_token(summed(np.concatenate([rows[:3], more]), 0, N_LAYERS))
     assert (await run_pass(chain.first, chain.work((part(1, 3),), more))).tokens == sampled_of(expected), (
         "cut back to 3 rows first"
     )
@@ -140,7 +139,7 @@ async def test_rows_travel_in_the_encodings_that_the_pass_names(chain: Chain) ->
     await chain.open(SEQUENCE)
     with pytest.raises(StageFailed, match=r"as q8_0 came in 112 bytes instead of 238"):
         await run_pass(chain.first, replace(chain.work((part(7),), rows_of(7)), wire="q8_0"))
-    assert [stage.encodings for stage in chain.stages] == [[("f32", "q8_0")], [], []]
+    assert [[how for _, *how in stage.begun] for stage in chain.stages] == [[["f32", "q8_0"]], [], []]
 
 
 async def test_the_largest_pass_goes_in_several_frames(peers: Peers) -> None:
@@ -148,19 +147,19 @@ async def test_the_largest_pass_goes_in_several_frames(peers: Peers) -> None:
     await chain.open(SEQUENCE)
     rows = rows_of(512, n_embd=8192)
     passed = await run_pass(chain.first, chain.work((part(512),), rows))
-    assert passed.tokens == sampled_of(token(layers(rows, 0, N_LAYERS)))
+    assert passed.tokens == sampled_of(summed_token(summed(rows, 0, N_LAYERS)))
 
 
 async def test_stages_of_the_head_and_two_of_one_node(peers: Peers) -> None:
     head, other = await open_nodes(peers, 2)
-    stages = [head.host(0, 4), other.host(4, 6), other.host(6, 8), head.host(8, N_LAYERS)]
-    refs = [stage.ref for stage in stages]
+    places = ((head, 0, 4), (other, 4, 6), (other, 6, 8), (head, 8, N_LAYERS))
+    refs = [ref_of(node.id, node.host(first, last)) for node, first, last in places]
     for ref in refs:
-        await head.service.caller(ref).open(SEQUENCE, 1, (), REQUEST, 3)
+        await open_at(head.service.caller(ref), ref, SEQUENCE)
     rows = rows_of(5)
     work = Pass((part(5),), "f32", rows.tobytes(), tuple(refs[1:]))
     passed = await run_pass(head.service.caller(refs[0]), work)
-    assert passed.tokens == sampled_of(token(layers(rows, 0, N_LAYERS)))
+    assert passed.tokens == sampled_of(summed_token(summed(rows, 0, N_LAYERS)))
     assert len(passed.times) == 4
 
 
@@ -168,7 +167,7 @@ async def test_many_passes_keep_their_order_through_all_stages(chain: Chain) -> 
     """Each adds a row to one sequence, so that one out of order leaves a hole or cuts off those before it."""
     await chain.open(SEQUENCE)
     rows = rows_of(64)
-    done = layers(rows, 0, N_LAYERS)
+    done = summed(rows, 0, N_LAYERS)
     for stage in chain.stages:
         stage.gate.clear()
     passes = [
@@ -178,10 +177,10 @@ async def test_many_passes_keep_their_order_through_all_stages(chain: Chain) -> 
         await until(lambda stage=stage: len(stage.begun) == 64, "all are in flight")
         stage.gate.set()
     assert [each.tokens for each in await asyncio.gather(*passes)] == [
-        sampled_of(token(done[: n + 1])) for n in range(64)
+        sampled_of(summed_token(done[: n + 1])) for n in range(64)
     ]
     for stage in chain.stages:
-        assert [parts[0].start for parts in stage.begun] == list(range(64))
+        assert [parts[0].start for parts, *_ in stage.begun] == list(range(64))
 
 
 async def test_passes_that_fail_do_not_change_the_order_of_others(chain: Chain) -> None:
@@ -201,7 +200,7 @@ async def test_passes_that_fail_do_not_change_the_order_of_others(chain: Chain) 
     first.gate.set()
     results = await asyncio.gather(*passes, return_exceptions=True)
     assert [n for n, result in enumerate(results) if isinstance(result, Passed)] == good
-    assert [parts[0].sequence for parts in chain.stages[2].begun] == [names[n] for n in good]
+    assert [parts[0].sequence for parts, *_ in chain.stages[2].begun] == [names[n] for n in good]
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
@@ -243,7 +242,7 @@ async def test_what_a_stage_fails_with_is_told_with_its_node(chain: Chain) -> No
     work, last = chain.work((part(3),), rows_of(3)), chain.nodes[2].id
     assert await failure(chain.first, replace(work, parts=(part(3, epoch=2),))) == (chain.nodes[0].id, "stage_lost")
     assert await failure(chain.first, replace(work, parts=(part(3, 1),))) == (chain.nodes[0].id, "stage_lost")
-    chain.stages[2].kv.clear()
+    chain.stages[2].held.clear()
     assert await failure(chain.first, work) == (last, "stage_lost")
     chain.stages[2].error = DecodeFailed("values that are not finite \ud800" + "x" * 2000)
     assert await failure(chain.first, work) == (last, "decode_failed")
@@ -261,7 +260,7 @@ async def test_what_a_stage_fails_with_is_told_with_its_node(chain: Chain) -> No
 
 async def test_a_stage_that_gives_no_rows_is_named(chain: Chain) -> None:
     await chain.open(SEQUENCE)
-    chain.stages[1].ref = replace(chain.refs[1], last=N_LAYERS)
+    chain.stages[1].last = N_LAYERS
     assert await failure(chain.first, chain.work((part(3),), rows_of(3))) == (chain.nodes[1].id, "engine_failed")
 
 
@@ -275,9 +274,8 @@ async def test_a_pass_whose_head_is_gone_disturbs_nobody(chain: Chain) -> None:
         await running
     chain.stages[2].gate.set()
     other = chain.nodes[1].service.caller(chain.refs[0])
-    await other.open(b"2" * 16, 1, (), None, 3)
-    for ref in chain.refs[1:]:
-        await chain.nodes[0].service.caller(ref).open(b"2" * 16, 1, (), REQUEST, 3)
+    for ref in chain.refs:
+        await open_at(chain.nodes[0].service.caller(ref), ref, b"2" * 16)
     assert len((await run_pass(other, chain.work((part(3, sequence=b"2" * 16),), rows_of(3)))).tokens) == 1
 
 
@@ -287,10 +285,11 @@ async def test_a_pass_whose_head_is_gone_disturbs_nobody(chain: Chain) -> None:
 @pytest.mark.parametrize("local", [True, False])
 async def test_sequences_are_opened_resumed_stored_and_closed(peers: Peers, local: bool) -> None:
     head, other = await open_nodes(peers, 2)
-    stage = (head if local else other).host(4, N_LAYERS)
-    caller = head.service.caller(stage.ref)
+    node = head if local else other
+    stage = node.host(4, N_LAYERS)
+    caller = head.service.caller(ref_of(node.id, stage))
     assert await caller.open(SEQUENCE, 4, KEYS, REQUEST, 3) == 0
-    stage.kv[SEQUENCE] = (4, rows_of(2))
+    stage.held[SEQUENCE].rows = rows_of(2)
     assert await caller.open(SEQUENCE, 5, KEYS, REQUEST, 3) == 2
     assert await caller.resume(SEQUENCE, 5, 2) == 2
     await caller.store(SEQUENCE, 5, KEYS)
@@ -298,7 +297,7 @@ async def test_sequences_are_opened_resumed_stored_and_closed(peers: Peers, loca
         await caller.resume(SEQUENCE, 4, 2)
     await caller.close(SEQUENCE)
     await caller.close(SEQUENCE)
-    assert stage.kv == {}
+    assert stage.held == {}
     assert stage.calls == [
         ("open", SEQUENCE, 4, KEYS, REQUEST, 3),
         ("open", SEQUENCE, 5, KEYS, REQUEST, 3),
@@ -319,7 +318,7 @@ async def test_errors_of_a_peer_arrive_as_what_they_are(chain: Chain) -> None:
     stage.error = SnapshotError("odd")
     with pytest.raises(WireError, match=r"layers 0 to 4 at node [0-9a-f]{16} refuses: odd"):
         await caller.open(SEQUENCE, 1, (), None, 3)
-    chain.nodes[0].service.drop(stage.ref)
+    chain.nodes[0].service.drop(chain.refs[0])
     with pytest.raises(StageLost, match="not there"):
         await caller.close(SEQUENCE)
     with pytest.raises(PeerLost):
@@ -547,20 +546,21 @@ async def test_nodes_of_a_mesh_ask_one_another() -> None:
     head, other = nodes
     assert head.mesh and other.mesh
     try:
-        stages = []
+        refs: list[StageRef] = []
         for services, (first, last) in zip(nodes, ((0, 6), (6, N_LAYERS)), strict=True):
-            stages.append(SumStage(StageRef(services.node, FINGERPRINT, first, last, N_LAYERS)))
-            services.service.host(stages[-1].ref, stages[-1], BOUNDS)
+            stage = FakeStage(first, last, N_LAYERS)
+            refs.append(ref_of(services.node, stage))
+            services.service.host(refs[-1], stage, BOUNDS)
         with pytest.raises(PeerLost, match="no link"):
-            await head.service.caller(stages[1].ref).open(SEQUENCE, 1, (), REQUEST, 3)
+            await head.service.caller(refs[1]).open(SEQUENCE, 1, (), REQUEST, 3)
         head.mesh.dial(other.capability().addresses)
         await until(lambda: head.mesh.caller(other.node) is not None, "they meet")
-        for stage in stages:
-            await head.service.caller(stage.ref).open(SEQUENCE, 1, (), REQUEST, 3)
+        for ref in refs:
+            await open_at(head.service.caller(ref), ref, SEQUENCE)
         rows = rows_of(3)
-        work = Pass((part(3),), "f32", rows.tobytes(), (stages[1].ref,))
-        passed = await run_pass(head.service.caller(stages[0].ref), work)
-        assert passed.tokens == sampled_of(token(layers(rows, 0, N_LAYERS)))
+        work = Pass((part(3),), "f32", rows.tobytes(), (refs[1],))
+        passed = await run_pass(head.service.caller(refs[0]), work)
+        assert passed.tokens == sampled_of(summed_token(summed(rows, 0, N_LAYERS)))
     finally:
         for services in nodes:
             await services.mesh.close()
