@@ -15,67 +15,27 @@ from typing import Any
 
 import pytest
 from engine_support import ids_of, prompt_of, request
-from stage_support import FINGERPRINT, N_EMBD, N_LAYERS, N_VOCAB, Chain, cut, stage_model
+from stage_processes import DEADLINE_S, IDENTITY, options, stage
+from stage_support import N_EMBD, N_LAYERS, N_VOCAB, Chain, cut, stage_model
 
-from swarmcpp.core import GenerateRequest, KvLayout
+from swarmcpp.core import GenerateRequest
 from swarmcpp.errors import EngineFailed, NotReady, QueueFull, StageLost, SwarmError, WireError
-from swarmcpp.kv.arena import Arena
-from swarmcpp.kv.cache import PrefixCache
-from swarmcpp.kv.keys import KvIdentity, block_keys
+from swarmcpp.kv.keys import block_keys
 from swarmcpp.llama.rows import encode_rows
 from swarmcpp.llama.stage import EmbeddingTable
 from swarmcpp.supervisor.stage import IDLE_S, MAX_BYTES_UNDER_WAY, Computed, StageSupervisor
 from swarmcpp.testing import FakeClock
 from swarmcpp.wire.codec import RowEncoding
-from swarmcpp.wire.engine import EngineOptions
 from swarmcpp.wire.peers import PassPart
 
 pytestmark = pytest.mark.e2e
 
-DEADLINE_S = 60.0
-IDENTITY = KvIdentity(FINGERPRINT, 64, (1, 1))
 A, B, C = bytes(16), bytes([1] * 16), bytes([2] * 16)
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stage_model(tmp_path_factory.mktemp("stages"))
-
-
-def options(file: Path, slots: int = 2) -> EngineOptions:
-    return EngineOptions(
-        model_path=str(file),
-        ctx_size=512,
-        slots=slots,
-        threads=1,
-        use_extra_bufts=False,
-        q8_kernel=False,
-        prefill_chunk_tokens=128,
-        prefill_budget_s=0.4,
-        stage=True,
-    )
-
-
-@asynccontextmanager
-async def stage(
-    path: Path, first: int, last: int, arena: Path | None = None, **how: Any
-) -> AsyncIterator[StageSupervisor]:
-    def open_cache(layout: KvLayout) -> PrefixCache | None:
-        if arena is None:
-            return None
-        block_bytes = layout.token_bytes * 64
-        opened = Arena.open(arena, IDENTITY.arena_root(first, last), block_bytes, 1 << 20, 0)
-        assert opened
-        return PrefixCache(opened, IDENTITY)
-
-    slots = how.pop("slots", 2)
-    supervisor = StageSupervisor(options(cut(path, first, last), slots), open_cache=open_cache, **how)
-    supervisor.start()
-    try:
-        await asyncio.wait_for(supervisor.wait_ready(), DEADLINE_S)
-        yield supervisor
-    finally:
-        await supervisor.close()
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:
