@@ -44,6 +44,7 @@ class Held:
     seq: int
     epoch: int
     length: int = 0
+    resumed: bool = False
     sampler: Sampler | None = None
     request: GenerateRequest | None = None
     blocks: list[BlockRef] = field(default_factory=list)
@@ -105,8 +106,9 @@ class ThreadStage:
             if not self._free:
                 raise QueueFull("all sequences are taken", retry_after=1.0)
             held = self.held[sequence] = Held(self._free.pop(0), epoch)
-        assert epoch > held.epoch or not held.length
-        held.epoch, held.request, held.blocks = epoch, request, []
+        if epoch < held.epoch:
+            raise StageLost(f"epoch {epoch} of a sequence that is open in epoch {held.epoch}")
+        held.epoch, held.request, held.blocks, held.resumed = epoch, request, [], False
         for key in keys:
             if key not in self.arena:
                 break
@@ -119,8 +121,8 @@ class ThreadStage:
     def _resume(self, sequence: bytes, epoch: int, n_tokens: int) -> int:
         held = self._known(sequence, epoch)
         if held.length < n_tokens:
-            held.length = BLOCK * self._backend.load_blocks(held.seq, held.blocks[: n_tokens // BLOCK])
-        held.length = min(held.length, n_tokens)
+            held.length = BLOCK * self._backend.load_blocks(held.seq, held.blocks[: -(-n_tokens // BLOCK)])
+        held.length, held.resumed = min(held.length, n_tokens), True
         self.context.context.truncate(held.seq, held.length)
         if held.request is not None:
             if held.sampler:
@@ -171,11 +173,12 @@ class ThreadStage:
         self.passes.append(tuple(part.count for part in work.parts))
         rows = decode_rows(work.rows, work.n_rows, self.context.n_embd, work.encoding)
         held = [self._known(part.sequence, part.epoch) for part in work.parts]
+        for part, there in zip(work.parts, held, strict=True):
+            if not there.resumed or part.start > there.length:
+                raise StageLost(f"rows from {part.start} of a sequence that ends at {there.length}, or is not resumed")
         parts = []
         begin = 0
         for part, there in zip(work.parts, held, strict=True):
-            if part.start > there.length:
-                raise StageLost(f"rows from {part.start} of a sequence that ends at {there.length}")
             self.context.context.truncate(there.seq, part.start)
             parts.append(StageRows(there.seq, part.start, rows[begin : begin + part.count], part.outputs))
             begin += part.count

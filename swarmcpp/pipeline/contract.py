@@ -76,9 +76,9 @@ It must not raise."""
 class SequenceHolder(Protocol):
     """What holds the sequences of one stage. Used on the event loop's thread.
 
-    Raises, wherever something is wrong: StageLost (the sequence is not known there, has another epoch, or a hole before
-    `start`: open it again), QueueFull (`open`: no sequence is free), PeerLost, PeerTimeout, NotReady, EngineFailed,
-    WireError.
+    Raises, wherever something is wrong: StageLost (the sequence is not known there, has another epoch, was not resumed
+    in this one before a pass, or has a hole before `start`: open it again), QueueFull (`open`: no sequence is free),
+    PeerLost, PeerTimeout, NotReady, EngineFailed, WireError.
     """
 
     async def open(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from engine_support import ids_of, prompt_of, request
-from stage_processes import DEADLINE_S, stage
-from stage_support import N_EMBD, N_LAYERS, stage_model
+from stage_pairs import MAKERS, SLOTS, Pair
+from stage_processes import DEADLINE_S
+from stage_support import N_EMBD
 
 from swarmcpp.errors import QueueFull, StageLost, SwarmError, WireError
 from swarmcpp.pipeline.calls import StageHost
 from swarmcpp.supervisor.books import Computed
-from swarmcpp.testing import FakeStage, Rows
+from swarmcpp.testing import Rows
 from swarmcpp.wire.peers import PassPart
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-A, B, C, D = (bytes([n] * 16) for n in range(4))
-SLOTS, BLOCK, CTX, CUT = 3, 64, 512, 2
+A, B, C, D = (bytes([n] * 16) for n in range(SLOTS + 1))
 Answer = TypeVar("Answer")
 
 
@@ -131,38 +131,31 @@ def same(one: list[int] | Rows, other: list[int] | Rows) -> bool:
 
 
 @pytest_asyncio.fixture(
-    scope="module", loop_scope="module", params=["fake", pytest.param("real", marks=pytest.mark.e2e)]
+    scope="module",
+    loop_scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.e2e] * (name == "engine")) for name in MAKERS],
 )
-async def pair(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[tuple[StageHost, StageHost]]:
-    """The first stage of a model and its tail, whose blocks have an arena."""
-    async with AsyncExitStack() as stack:
-        match request.param:
-            case "fake":
-                yield FakeStage(0, CUT, N_LAYERS, N_EMBD, SLOTS), FakeStage(CUT, N_LAYERS, N_LAYERS, N_EMBD, SLOTS)
-            case "real":
-                path, arena = stage_model(tmp_path_factory.mktemp("model")), tmp_path_factory.mktemp("arena")
-                first = await stack.enter_async_context(stage(path, 0, CUT, arena, slots=SLOTS))
-                yield first, await stack.enter_async_context(stage(path, CUT, N_LAYERS, arena, slots=SLOTS))
+async def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
+    async with MAKERS[request.param](tmp_path_factory.mktemp("stages")) as pair:
+        yield pair
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def first(pair: tuple[StageHost, StageHost]) -> AsyncIterator[Driven]:
+async def first(pair: Pair) -> AsyncIterator[Driven]:
     driven = Driven(pair[0], is_tail=False)
     yield driven
     await driven.check()
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def tail(pair: tuple[StageHost, StageHost]) -> AsyncIterator[Driven]:
+async def tail(pair: Pair) -> AsyncIterator[Driven]:
     driven = Driven(pair[1], is_tail=True)
     yield driven
     await driven.check()
 
 
 @pytest_asyncio.fixture(loop_scope="module", params=["first", "tail"])
-async def either(request: pytest.FixtureRequest, pair: tuple[StageHost, StageHost]) -> AsyncIterator[Driven]:
+async def either(request: pytest.FixtureRequest, pair: Pair) -> AsyncIterator[Driven]:
     driven = Driven(pair[request.param == "tail"], is_tail=request.param == "tail")
     yield driven
     await driven.check()
