@@ -221,18 +221,18 @@ class Batch:
     def add(self, seq: int, start: int, tokens: Sequence[int], *, outputs: int) -> int:
         """Append `tokens` of a sequence from position `start`, with logits for the last `outputs` of them; the index of
         its last row is returned."""
-        begin, end = self._place(seq, start, len(tokens))
+        begin, end = self._place(seq, start, len(tokens), outputs)
         self._tokens[begin:end] = tokens
-        self._outputs[begin:end] = 0
-        self._outputs[end - outputs : end] = 1
         return end - 1
 
-    def _place(self, seq: int, start: int, count: int) -> tuple[int, int]:
-        """Append `count` rows of a sequence from position `start`; their range."""
+    def _place(self, seq: int, start: int, count: int, outputs: int) -> tuple[int, int]:
+        """Append `count` rows of a sequence from position `start`, the last `outputs` of them outputs; their range."""
         begin, end = self.count, self.count + count
         if end > self.capacity:
             raise ValueError(f"{end} rows do not fit into a batch of {self.capacity}")
         self._positions[begin:end] = np.arange(start, start + count)
         self._seqs[begin:end] = seq
+        self._outputs[begin:end] = 0
+        self._outputs[end - outputs : end] = 1
         self.count = end
         return begin, end

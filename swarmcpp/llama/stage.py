@@ -186,10 +186,8 @@ class EmbeddingBatch(Batch):
         """
         if rows.ndim != 2 or not len(rows) or rows.shape[1] != self._rows.shape[1]:
             raise ValueError(f"rows of shape {rows.shape} for embeddings of width {self._rows.shape[1]}")
-        begin, end = self._place(seq, start, len(rows))
+        begin, end = self._place(seq, start, len(rows), outputs)
         self._rows[begin:end] = rows
-        self._outputs[begin:end] = 0
-        self._outputs[end - outputs : end] = 1
         return end - 1
 
 
