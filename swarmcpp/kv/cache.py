@@ -357,16 +357,12 @@ class PrefixCache:
 
     def read_block(self, key: bytes) -> Hashed | None:
         """The payload of an exact block, as another node may have it; None when there is none. A damaged one goes."""
-        with self._lock:
-            block = self._index.get(key)
-            if block is None or not block.exact:
-                return None
-        return self._read(key)
+        return self._read(key, exact=True)
 
-    def _read(self, key: bytes) -> Hashed | None:
+    def _read(self, key: bytes, *, exact: bool = False) -> Hashed | None:
         with self._lock:
             block = self._index.get(key)
-            if block is None or not block.ready:
+            if block is None or not block.ready or (exact and not block.exact):
                 return None
             block.pins += 1
         payload = None

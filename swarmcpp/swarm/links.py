@@ -87,29 +87,27 @@ class LinkBook:
 
     def bytes_per_s(self, peer: NodeId) -> float:
         """The rate of a link, for a price: 125 kB/s when it is not known, and never 0."""
-        return max(self._rate(peer), 1.0) if self.rate_known(peer) else UNKNOWN_BYTES_PER_S
+        rate = self._rate(peer)
+        return UNKNOWN_BYTES_PER_S if rate is None else max(rate, 1.0)
 
     def own_bytes_per_s(self) -> float:
         """The most that this node is known to receive at: over one link, or over several together."""
         peak = self._peak if self.clock() - self._peak_at <= EXPIRY_S else 0.0
-        return max(peak, UNKNOWN_BYTES_PER_S, *(self._rate(peer) for peer in self._links))
+        return max(peak, UNKNOWN_BYTES_PER_S, *(self._rate(peer) or 0.0 for peer in self._links))
 
     def rate_known(self, peer: NodeId) -> bool:
         """Whether there is a rate that has not expired."""
-        link = self._links.get(peer)
-        return link is not None and link.rate.rate() is not None
+        return self._rate(peer) is not None
 
     def wants_rate(self, peer: NodeId) -> bool:
         """Whether the rate should be measured: it is unknown, or was bad some time ago."""
-        link = self._links.get(peer)
-        if link is None or link.rate.rate() is None:
-            return True
-        return self._rate(peer) < SLOW_BYTES_PER_S and self.clock() - link.rated > RETRY_S
+        rate = self._rate(peer)
+        return rate is None or (rate < SLOW_BYTES_PER_S and self.clock() - self._links[peer].rated > RETRY_S)
 
     def observed(self, n: int = 32) -> tuple[ObservedLatency, ...]:
         """The `n` nearest peers, nearest first; a rate that is not known is 0."""
         known = [(rtt, peer) for peer in self._links if (rtt := self._rtt(peer)) is not None]
-        return tuple(ObservedLatency(peer, rtt, self._rate(peer)) for rtt, peer in sorted(known)[:n])
+        return tuple(ObservedLatency(peer, rtt, self._rate(peer) or 0.0) for rtt, peer in sorted(known)[:n])
 
     def forget(self, peer: NodeId) -> None:
         """The peer is gone."""
@@ -131,9 +129,9 @@ class LinkBook:
         link, now = self._links.get(peer), self.clock()
         return min((rtt for at, rtt in link.rtts if now - at <= EXPIRY_S), default=None) if link else None
 
-    def _rate(self, peer: NodeId) -> float:
+    def _rate(self, peer: NodeId) -> float | None:
         link = self._links.get(peer)
-        return (link.rate.rate() or 0.0) if link else 0.0
+        return link.rate.rate() if link else None
 
 
 async def probe(book: LinkBook, peer: NodeId, caller: Caller) -> bool:
