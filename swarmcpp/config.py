@@ -292,10 +292,9 @@ def _env_layer(env: Mapping[str, str]) -> dict[str, tuple[object, str]]:
         if name.startswith(ENV_PREFIX) and name not in by_name and name != FILE_VARIABLE:
             raise BadConfig(f"unknown variable {name} in the environment{_close(name, by_name)}")
     found: dict[str, tuple[object, str]] = {}
-    for described in describe(Config):
-        for name in described.env_names:
-            if env.get(name) and described.key not in found:
-                found[described.key] = (env[name], f"env {name}")
+    for name, described in by_name.items():
+        if env.get(name):
+            found.setdefault(described.key, (env[name], f"env {name}"))
     return found
 
 

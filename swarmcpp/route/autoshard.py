@@ -118,7 +118,7 @@ class AutoShard:
     def _while_draining(self, stage: HeldStage, own: list[HeldStage], others: list[HeldStage], idle: bool) -> Action:
         spared = self._spared(stage, own, others)
         # Also parts of two different routes: each alone can be missed, but not both.
-        rivals = [s for s in others if s.state == "draining" and (not spared or _overlap(s, stage))]
+        rivals = [s for s in others if s.state == "draining" and (not spared or _overlap(s, stage.first, stage.last))]
         rival = any(s.node < self._node for s in rivals)
         # Nodes that drain too, with greater ids, resume when they see this one.
         hopeful = spared or self._spared(stage, own, [replace(s, state="ready") if s in rivals else s for s in others])
@@ -153,7 +153,7 @@ class AutoShard:
         return has_route([s for s in (*own, *others) if s is not stage and s.state == "ready"], self._n_layers)
 
     def _moving(self, first: int, last: int, others: list[HeldStage]) -> bool:
-        return any(s.state != "ready" and s.first < last and first < s.last for s in others)
+        return any(s.state != "ready" and _overlap(s, first, last) for s in others)
 
 
 def has_route(stages: Iterable[HeldStage], n_layers: int) -> bool:
@@ -165,5 +165,5 @@ def has_route(stages: Iterable[HeldStage], n_layers: int) -> bool:
     return n_layers in reached
 
 
-def _overlap(one: HeldStage, other: HeldStage) -> bool:
-    return one.first < other.last and other.first < one.last
+def _overlap(stage: HeldStage, first: int, last: int) -> bool:
+    return stage.first < last and first < stage.last

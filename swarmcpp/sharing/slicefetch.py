@@ -155,16 +155,11 @@ def _header_ends(parts: SparseModel, ends: Sequence[int]) -> list[int]:
     """For each file, of which the chunks up to `ends` are there, where its header ends; `ends` when within."""
     found: list[int] = []
     for file, (path, end) in enumerate(zip(parts.files, ends, strict=True)):
-        ready = _ready(parts, file, end)
+        last = parts.manifest.chunk(max(chunks_of(parts.manifest, [ByteRange(file, 0, end)])))
+        ready = last.offset + last.size
         needed = header_bytes(path, ready)
         found.append(end if needed <= ready else needed)
     return found
-
-
-def _ready(parts: SparseModel, file: int, end: int) -> int:
-    """Bytes of the chunks that have the first `end` of a file."""
-    last = parts.manifest.chunk(max(chunks_of(parts.manifest, [ByteRange(file, 0, end)])))
-    return last.offset + last.size
 
 
 @asynccontextmanager
