@@ -110,24 +110,29 @@ class Hop(msgspec.Struct, frozen=True, array_like=True):
     last: int
 
 
-class OpenSequence(msgspec.Struct, frozen=True, tag="open-sequence"):
-    """See `contract.StageCaller.open`; `stage` is the one that is asked. Answered by SequenceReady."""
+class _OfStage(msgspec.Struct, frozen=True):
+    """What is asked of a stage of the model with `fingerprint`; `stage` is the one that is asked."""
 
     fingerprint: Digest
     stage: Hop
+
+
+class _OfSequence(_OfStage, frozen=True):
     sequence: BlockId
+
+
+class OpenSequence(_OfSequence, frozen=True, tag="open-sequence"):
+    """See `contract.StageCaller.open`. Answered by SequenceReady."""
+
     epoch: int
     keys: Annotated[tuple[Digest, ...], Meta(max_length=MAX_IDS)]
     n_tokens: int
     request: GenerateRequest | None = None
 
 
-class ResumeSequence(msgspec.Struct, frozen=True, tag="resume-sequence"):
+class ResumeSequence(_OfSequence, frozen=True, tag="resume-sequence"):
     """See `contract.StageCaller.resume`. Answered by SequenceReady."""
 
-    fingerprint: Digest
-    stage: Hop
-    sequence: BlockId
     epoch: int
     n_tokens: int
 
@@ -149,12 +154,10 @@ class PassPart(msgspec.Struct, frozen=True, array_like=True):
     place: int = -1
 
 
-class RunStage(msgspec.Struct, frozen=True, tag="run-stage"):
+class RunStage(_OfStage, frozen=True, tag="run-stage"):
     """See `contract.Pass`. Frames beside it: the encoded rows, cut anywhere. Answered by PassReply once the whole chain
     has computed it; the replies of one head come in the order of its passes."""
 
-    fingerprint: Digest
-    stage: Hop
     parts: Annotated[tuple[PassPart, ...], Meta(min_length=1, max_length=MAX_PARTS)]
     encoding: RowEncoding
     onward: Annotated[tuple[Hop, ...], Meta(max_length=MAX_HOPS)] = ()
@@ -163,30 +166,21 @@ class RunStage(msgspec.Struct, frozen=True, tag="run-stage"):
     """How long the end of the pass is waited for from now on; see route/patience.py."""
 
 
-class StoreSequence(msgspec.Struct, frozen=True, tag="store-sequence"):
+class StoreSequence(_OfSequence, frozen=True, tag="store-sequence"):
     """See `contract.StageCaller.store`. Answered by Pong."""
 
-    fingerprint: Digest
-    stage: Hop
-    sequence: BlockId
     epoch: int
     keys: Annotated[tuple[Digest, ...], Meta(max_length=MAX_IDS)]
 
 
-class CloseSequence(msgspec.Struct, frozen=True, tag="close-sequence"):
+class CloseSequence(_OfSequence, frozen=True, tag="close-sequence"):
     """See `contract.StageCaller.close`. Answered by Pong."""
 
-    fingerprint: Digest
-    stage: Hop
-    sequence: BlockId
 
-
-class OfferBlocks(msgspec.Struct, frozen=True, tag="offer-blocks"):
+class OfferBlocks(_OfStage, frozen=True, tag="offer-blocks"):
     """Node `source` has the blocks of `keys`, a chain from its beginning, for layers that `stage` has too; that may
     fetch them. Answered by Pong at once."""
 
-    fingerprint: Digest
-    stage: Hop
     source: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
     keys: Annotated[tuple[Digest, ...], Meta(min_length=1, max_length=MAX_IDS)]
 
