@@ -226,10 +226,7 @@ def find_file(env: Mapping[str, str]) -> Path | None:
     if env.get(FILE_VARIABLE):
         return Path(env[FILE_VARIABLE]).expanduser()
     user = Path(platformdirs.user_config_dir("swarmcpp", appauthor=False))
-    for path in (Path(FILE_NAME), user / FILE_NAME):
-        if path.is_file():
-            return path
-    return None
+    return next((path for path in (Path(FILE_NAME), user / FILE_NAME) if path.is_file()), None)
 
 
 def load_config(flags: Mapping[str, object], env: Mapping[str, str], file: Path | None) -> LoadedConfig:

@@ -191,12 +191,10 @@ def check_port(host: str, port: int) -> Finding:
 
 def _owner(port: int) -> str:
     """The program that listens on `port`, where the system tells this user; else nothing."""
-    try:
+    with contextlib.suppress(psutil.Error, OSError):
         for each in psutil.net_connections(kind="tcp"):
             if each.status == psutil.CONN_LISTEN and each.laddr and each.laddr.port == port and each.pid:
                 return f"{psutil.Process(each.pid).name()} (process {each.pid})"
-    except (psutil.Error, OSError):
-        return ""
     return ""
 
 

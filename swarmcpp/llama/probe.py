@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -199,14 +200,12 @@ def _read(path: Path) -> ProbeReport | None:
 
 
 def _write(path: Path, report: ProbeReport) -> None:
-    try:
+    # A data directory that cannot be written costs a second at the next start, no more.
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{os.getpid()}")
         scratch.write_bytes(msgspec.json.encode(report))
         scratch.replace(path)
-    except OSError:
-        # A data directory that cannot be written costs a second at the next start, no more.
-        return
 
 
 def _child(candidate: Candidate) -> None:

@@ -11,6 +11,7 @@ import struct
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,25 +190,21 @@ def manifest_of(files: Sequence[Path], cache_dir: Path) -> Manifest:
 
 
 def _recall(memo: Path) -> Manifest | None:
-    try:
+    with suppress(OSError, BadModel):
         data = memo.read_bytes()
         if blake3(data[DIGEST_BYTES:]).digest() == data[:DIGEST_BYTES]:
             return Manifest.from_bytes(data[DIGEST_BYTES:])
-    except (OSError, BadModel):
-        pass
     return None
 
 
 def _remember(memo: Path, manifest: Manifest) -> None:
     data = manifest.to_bytes()
-    try:
+    # Without a memo the next start hashes again, no more.
+    with suppress(OSError):
         memo.parent.mkdir(parents=True, exist_ok=True)
         scratch = memo.with_suffix(f".{os.getpid()}")
         scratch.write_bytes(blake3(data).digest() + data)
         scratch.replace(memo)
-    except OSError:
-        # Without a memo the next start hashes again, no more.
-        pass
 
 
 def _hashed(path: Path, size: int) -> ManifestFile:

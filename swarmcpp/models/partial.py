@@ -16,8 +16,6 @@ import msgspec
 from swarmcpp.errors import DownloadFailed
 from swarmcpp.files import try_lock
 
-HASH_CHUNK = 1 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -61,11 +59,8 @@ class PartialFile:
 
     def sha256(self) -> str:
         """Hex digest of the bytes so far."""
-        digest = hashlib.sha256()
         with self.path.open("rb") as file:
-            while chunk := file.read(HASH_CHUNK):
-                digest.update(chunk)
-        return digest.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def start(self, n_bytes: int) -> bytes:
         """The first bytes of the part."""
