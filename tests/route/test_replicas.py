@@ -219,10 +219,10 @@ def test_a_thousand_replicas_take_milliseconds() -> None:
         )
         for index in range(1000)
     ]
-    begin = time.perf_counter()
+    begin = time.thread_time()
     pick(LOCAL, *swarm, token_bytes=TOKEN_BYTES)
     # About 10 ms; the bound only tells linear from quadratic.
-    assert time.perf_counter() - begin < 0.5
+    assert time.thread_time() - begin < 0.5
 
 
 def test_delegation_rates() -> None:

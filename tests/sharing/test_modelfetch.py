@@ -6,10 +6,11 @@ import asyncio
 import os
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
-from model_peers import Peer
+from model_peers import Peer, Time
 
 from swarmcpp.errors import BadRequest, DownloadFailed, NotReady, PeerLost, PeerTimeout, SwarmError
 from swarmcpp.models import manifest as manifest_module
@@ -19,13 +20,11 @@ from swarmcpp.models.modelfiles import find_local
 from swarmcpp.models.partial import locked
 from swarmcpp.sharing.modelfetch import fetch_model, get_manifest
 from swarmcpp.sharing.modelserver import ModelServer
-from swarmcpp.sharing.transfer import PATIENCE_S
+from swarmcpp.sharing.transfer import FIRST_WINDOW, PATIENCE_S, WINDOW
 from swarmcpp.wire.peers import Ask, Caller, ChunkReply, GetChunk, GetManifest, ManifestReply, Pong, Reply
 
 CHUNK = 1000
 N_CHUNKS = 40
-FAST = 0.01
-"""Of the transfer's waits, what a test really waits."""
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +32,11 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest_module, "CHUNK_BYTES", CHUNK)
 
 
-class Swarm:
+class Swarm(Time):
     """A model, its server, and a directory to fetch it into."""
 
     def __init__(self, directory: Path, sizes: Sequence[int] = (N_CHUNKS * CHUNK - 7,)) -> None:
+        super().__init__()
         self.source, self.target, self.cache = directory / "source", directory / "target", directory / "cache"
         self.source.mkdir()
         names = (
@@ -50,11 +50,6 @@ class Swarm:
         self.server.offer(self.manifest, self.files)
         self.reports: list[PullProgress] = []
         self.rejected: list[Caller] = []
-        self.now = 0.0
-
-    async def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        await asyncio.sleep(seconds * FAST)
 
     async def fetch(
         self,
@@ -63,6 +58,7 @@ class Swarm:
         holders: Callable[[], Sequence[Caller]] | None = None,
         progress: Callable[[PullProgress], None] | None = None,
     ) -> tuple[Path, ...]:
+        self.begin()
         return await asyncio.wait_for(
             fetch_model(
                 self.manifest,
@@ -90,10 +86,21 @@ def swarm(tmp_path: Path) -> Swarm:
 
 
 async def test_several_holders_share_the_work(swarm: Swarm) -> None:
+    """Nobody answers before all have been asked for two chunks, nor after that before all owe four."""
     peers = [Peer(swarm.server) for _ in range(3)]
+    gates = {FIRST_WINDOW: asyncio.Event(), WINDOW: asyncio.Event()}
+
+    async def all_are_asked(peer: Peer, message: GetChunk) -> None:
+        window = FIRST_WINDOW if message.index in peer.asked[:FIRST_WINDOW] else WINDOW
+        if all(each.busy == window for each in peers):
+            gates[window].set()
+        await gates[window].wait()
+
+    for peer in peers:
+        peer.ready = partial(all_are_asked, peer)
     swarm.check(await swarm.fetch(*peers))
     assert sorted(index for peer in peers for index in peer.asked) == list(range(N_CHUNKS))
-    assert all(len(peer.asked) >= N_CHUNKS // 6 and 2 <= peer.most <= 4 for peer in peers)
+    assert [peer.most for peer in peers] == [WINDOW] * 3
     assert swarm.rejected == []
     assert (swarm.reports[0].verifying, swarm.reports[-1].done) == (True, swarm.manifest.size)
     assert [one.done for one in swarm.reports] == sorted(one.done for one in swarm.reports)
@@ -134,14 +141,25 @@ async def test_a_wrong_kind_of_reply_is_a_lie(swarm: Swarm) -> None:
 
 
 async def test_only_liars_is_a_failure_and_the_part_stays(swarm: Swarm) -> None:
+    all_true = asyncio.Event()
+
+    async def after_what_is_true(message: GetChunk) -> None:
+        if message.index >= 10:
+            await all_true.wait()
+
+    def watch(report: PullProgress) -> None:
+        if report.done == 10 * CHUNK:
+            all_true.set()
+
     liar = Peer(swarm.server, lambda message, data: data if message.index < 10 else bytes(len(data)))
+    liar.ready = after_what_is_true
     with pytest.raises(DownloadFailed, match=r"m\.gguf: .* no peer is left .*wrong bytes") as caught:
-        await swarm.fetch(liar)
+        await swarm.fetch(liar, progress=watch)
     assert "\n" not in str(caught.value)
     assert swarm.now > PATIENCE_S
     other = Peer(swarm.server)
     swarm.check(await swarm.fetch(other))
-    assert set(other.asked).isdisjoint(range(8))
+    assert sorted(other.asked) == list(range(10, N_CHUNKS))
 
 
 async def test_a_peer_that_never_answers_does_not_hold_up_the_end(swarm: Swarm) -> None:

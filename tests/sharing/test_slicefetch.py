@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from model_peers import Fault, Peer
+from model_peers import Fault, Peer, Time
 from split_models import write_split
 
 from swarmcpp.core import Rows
@@ -39,8 +39,6 @@ from swarmcpp.wire.peers import Caller, GetChunk
 CHUNK = 4096
 N_LAYERS = 6
 SHAPE = Shape("random", "llama", N_LAYERS, 64, 4, 2, 128, 512, 512)
-FAST = 0.01
-"""Of the transfer's waits, what a test really waits."""
 
 
 @pytest.fixture(autouse=True)
@@ -53,17 +51,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("whole") / "m.gguf", SHAPE, quant="Q8_0")
 
 
-class Node:
+class Node(Time):
     """A node without the model, in its own data directory."""
 
     def __init__(self, files: Sequence[Path], directory: Path) -> None:
+        super().__init__()
         self.files = files
         self.manifest = manifest_of(files, directory / "cache")
         self.store = SliceStore(directory)
         self.server = ModelServer()
         self.reports: list[PullProgress] = []
         self.rejected: list[Caller] = []
-        self.now = 0.0
 
     def whole_peer(self, fault: Fault = lambda _, data: data) -> Peer:
         server = ModelServer()
@@ -75,10 +73,6 @@ class Node:
         ranges = slice_ranges(self.files[0], first, last)
         return chunks_of(self.manifest, (*ranges, *([embedding_range(self.files[0])] if embedding else [])))
 
-    async def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        await asyncio.sleep(seconds * FAST)
-
     async def obtain(
         self,
         first: int,
@@ -88,6 +82,7 @@ class Node:
         url: str | None = None,
         free: int = 10**12,
     ) -> SliceFiles:
+        self.begin()
         return await asyncio.wait_for(
             obtain_slice(
                 self.manifest,

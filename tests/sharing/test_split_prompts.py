@@ -108,15 +108,15 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-async def pair(slow: Path, tmp_path: Path) -> AsyncIterator[Pair]:
+async def pair(slow: Path, new_data_dir: Callable[[], Path]) -> AsyncIterator[Pair]:
     key = SwarmKey.new()
     draw = random.Random(7)
     prompts = [tuple(draw.randrange(256) for _ in range(BLOCKS * BLOCK + 10)) for _ in range(2)]
     greedy = SamplingParams(temperature=0.0, ignore_eos=True)
     asked, other = (GenerateRequest("r", "slow", prompt, ANSWER, greedy) for prompt in prompts)
     async with (
-        seat("Ann", key, slow, tmp_path / "ann") as ann,
-        seat("Bob", key, slow, tmp_path / "bob", ann.address) as bob,
+        seat("Ann", key, slow, new_data_dir()) as ann,
+        seat("Bob", key, slow, new_data_dir(), ann.address) as bob,
     ):
         parts = await ann.answer(asked)
         assert parts[0].cached_tokens == 0
@@ -183,7 +183,8 @@ async def test_a_peer_that_is_lost_in_the_middle_costs_no_token(pair: Pair) -> N
     await pair.ann.swarm.mesh.close()
     parts = await answering
     assert tokens_of(parts) == pair.tokens
-    assert parts[0].cached_tokens == 0, "the front was computed for this answer"
+    # What came before the loss may help, where the front was done by then; that was computed for this answer.
+    assert parts[0].cached_tokens <= 3 * BLOCK
 
 
 async def test_a_reader_who_leaves_stops_the_engine_at_once(pair: Pair) -> None:

@@ -238,7 +238,7 @@ asyncio.run(main())
         assert not gone(pid)
         node.kill()
         node.wait()
-        poll(lambda: gone(pid), "the engine is gone", deadline_s=5.0)
+        poll(lambda: gone(pid), "the engine is gone")
 
 
 # -- deaths ------------------------------------------------------------------------------------------------------

@@ -105,9 +105,9 @@ def test_a_lookup_among_many_peers_is_quick() -> None:
         index.hear(announce(1, ids if number % 2 else ids[:200], node=f"{number:016x}"))
     times = []
     for _ in range(20):
-        begun = time.perf_counter()
+        begun = time.thread_time()
         found = index.holders(ROOT, ids)
-        times.append(time.perf_counter() - begun)
+        times.append(time.thread_time() - begun)
     assert [len(found[number][1]) for number in (0, 511)] == [200, 100]
     # The best of many tries: other processes take their time too.
     assert min(times) < 0.001
