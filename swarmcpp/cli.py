@@ -35,7 +35,6 @@ app = typer.Typer(
 
 EXIT_INTERRUPTED = 130
 
-
 _SETTINGS = {described.flag_key: described for described in describe(Config) if described.flag}
 _SERVING = tuple(name for name in _SETTINGS if name != "model")
 

@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 IDLE_POLL_S = 5.0
 """How long an idle engine sleeps in its inbox before it checks its invariants again."""
 
-
 OFFER_S = 0.005
 """How long an engine that has nothing to compute leaves its node for an answer about blocks, before it lets the slot
 that has them go. One that computes leaves it a step."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from swarmcpp.core import MAX_ROWS, Chunk, StepPlan
-from swarmcpp.core import TILE_ROWS as TILE_ROWS
+from swarmcpp.core import MAX_ROWS, TILE_ROWS, Chunk, StepPlan
 
 _ALPHA = 0.2
 """Weight of the newest sample in the moving averages: five steps forget an old operating point."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Final
 
-from swarmcpp.core import FinishReason, GenerateRequest, Token, TokenPart
+from swarmcpp.core import TILE_ROWS, FinishReason, GenerateRequest, Token, TokenPart
 from swarmcpp.engine.prefix import Tier
-from swarmcpp.engine.scheduler import TILE_ROWS, SlotView
+from swarmcpp.engine.scheduler import SlotView
 
 WORTH_A_MOVE: Final = 16
 """Tokens that an answer may still have for a move of its KV to pay."""

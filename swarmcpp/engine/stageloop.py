@@ -33,7 +33,6 @@ from swarmcpp.wire.engine import (
 
 logger = logging.getLogger(__name__)
 
-
 IDLE_POLL_S = 5.0
 """How long an idle engine sleeps in its inbox before it checks its invariants again."""
 

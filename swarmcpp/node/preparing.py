@@ -22,10 +22,8 @@ from swarmcpp.wire.engine import EngineOptions
 
 logger = logging.getLogger(__name__)
 
-
 DISK_SHARE = 10
 """A new arena takes at most one part in so many of the free disk,"""
-
 
 MEMORY_SHARE = 4
 """and of the machine's memory: blocks are quick as long as the page cache can hold them."""

@@ -21,7 +21,6 @@ KEEP_ALIVE_S: Final = 0.5
 SILENCE_S: Final = 2.0
 """Silence after which a node is taken for lost: four times as long, so that one late message does not matter."""
 
-
 TIERS: Final = frozenset({"", "slot", "arena", "peer"})
 
 Run = Callable[[GenerateRequest], AsyncGenerator[TokenPart, None]]

@@ -27,7 +27,6 @@ COMPRESS_BELOW: Final = 40e6
 """Bytes/s of a link below which 8-bit rows are worth their rounding: there a pass of 16 rows of 4,096 values waits more
 than 5 ms for its rows."""
 
-
 MAX_TOLD: Final = 8
 """Ranges of layers that one sentence tells."""
 

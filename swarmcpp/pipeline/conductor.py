@@ -9,10 +9,10 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from swarmcpp.core import Clock, GenerateRequest, TokenPart
+from swarmcpp.core import Clock, EngineStats, GenerateRequest, TokenPart
 from swarmcpp.errors import NotReady, PeerLost, QueueFull, StageFailed
 from swarmcpp.peers import Load
 from swarmcpp.pipeline.finding import PATIENCE_S, ChainFinder
@@ -33,19 +33,6 @@ MAX_FAILURES = 5
 
 CLOSING_S = 2.0
 """What the end of a head waits for its sequences to be closed; stages sweep the rest."""
-
-
-@dataclass(frozen=True, slots=True)
-class PipelineStats:
-    """A head now; rates are moving averages in tokens/s, 0: not measured yet."""
-
-    streams: int
-    """Requests that are open on stages."""
-    in_flight: int
-    """Passes on their way."""
-    micro_batches: int
-    decode_tps: float
-    prefill_tps: float
 
 
 class Conductor:
@@ -104,23 +91,18 @@ class Conductor:
             return False
         return True
 
-    def stats(self) -> PipelineStats:
-        """Counts and rates now."""
-        lanes = self._lanes.values()
-        return PipelineStats(
-            streams=sum(len(lane.runs) for lane in lanes),
-            in_flight=sum(lane.in_flight for lane in lanes),
-            micro_batches=sum(len(lane.groups) for lane in lanes),
-            decode_tps=self._decode.rate() or 0.0,
-            prefill_tps=self._prefill.rate() or 0.0,
-        )
+    @property
+    def stats(self) -> EngineStats:
+        """Counts and rates now; busy slots are requests that are open on stages."""
+        streams = sum(len(lane.runs) for lane in self._lanes.values())
+        rates = self._prefill.rate() or 0.0, self._decode.rate() or 0.0
+        return EngineStats(self.slots, streams, max(0, self.ahead - streams), *rates)
 
     def load(self, ttft_s: float = 0.0) -> Load:
         """How busy it is."""
-        stats = self.stats()
+        stats = self.stats
         backlog = sum(len(run.tokens) for run in self._runs.values() if not run.sampled)
-        waiting = max(0, self.ahead - stats.streams)
-        return Load(stats.streams, waiting, stats.prefill_tps, stats.decode_tps, ttft_s, backlog)
+        return Load(stats.slots_busy, stats.waiting, stats.prefill_tps, stats.decode_tps, ttft_s, backlog)
 
     def chain(self, request_id: str) -> Chain:
         """The stages that a request runs on; none when it waits for them, or is not there."""
@@ -264,7 +246,7 @@ class Conductor:
     async def _open(self, run: Run) -> int:
         if self._closed:
             raise StageFailed("this node ends")
-        chain = self._finder.find(run, self.stats().streams)
+        chain = self._finder.find(run, self.stats.slots_busy)
         left = tuple(stage for stage in run.chain if stage not in chain)
         if left:
             self.spawn(close_all(left, self._around.caller, run.sequence))

@@ -51,10 +51,7 @@ class StageRunner:
     @property
     def stats(self) -> EngineStats:
         """Counts and rates of the requests that this node heads."""
-        if self.conductor is None:
-            return EngineStats(slots=0, slots_busy=0, waiting=0)
-        load = self.conductor.load()
-        return EngineStats(self.slots, load.slots_busy, load.waiting, load.prefill_tps, load.decode_tps)
+        return self.conductor.stats if self.conductor else EngineStats(slots=0, slots_busy=0, waiting=0)
 
     @property
     def ctx_size(self) -> int:

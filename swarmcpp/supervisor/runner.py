@@ -16,7 +16,6 @@ from swarmcpp.supervisor.process import EngineStatus
 LOCAL = "local"
 """The route of a request that runs in this node's own engine."""
 
-
 MAX_RETRY_AFTER_S = 30.0
 
 
