@@ -128,7 +128,7 @@ def _prefill(backend: LlamaBackend, tokens: Sequence[int]) -> float:
     begun = time.perf_counter()
     for start in range(0, len(tokens), 128):
         chunk = tokens[start : start + 128]
-        backend.decode([Rows(0, start, chunk, output=start + len(chunk) == len(tokens))])
+        backend.decode([Rows(0, start, chunk, outputs=int(start + len(chunk) == len(tokens)))])
     return time.perf_counter() - begun
 
 

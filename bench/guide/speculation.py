@@ -39,9 +39,7 @@ class AllRows(Batch):
 
     def add_all(self, start: int, tokens: Sequence[int]) -> None:
         """Append tokens of sequence 0 from position `start`."""
-        begin, end = self._place(0, start, len(tokens))
-        self._tokens[begin:end] = tokens
-        self._outputs[begin:end] = 1
+        self.add(0, start, tokens, outputs=len(tokens))
 
 
 class Speaker:
