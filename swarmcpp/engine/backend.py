@@ -20,10 +20,6 @@ OpenArena = Callable[[UseArena], None]
 """Opens the node's arena for the backend. Raises OSError when it cannot."""
 
 
-def no_arena(message: UseArena) -> None:
-    """For loops without blocks."""
-
-
 def opens(open_arena: OpenArena, message: UseArena) -> bool:
     """Whether the node's arena can be opened; a line in the log says why not."""
     try:

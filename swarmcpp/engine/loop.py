@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from swarmcpp.core import Chunk, Clock, EngineStats, Rows
 from swarmcpp.engine.abortflag import AbortFlag
-from swarmcpp.engine.backend import OpenArena, WholeBackend, no_arena, opens
+from swarmcpp.engine.backend import OpenArena, WholeBackend, opens
 from swarmcpp.engine.prefix import Placement, pack, place
 from swarmcpp.engine.scheduler import Scheduler
 from swarmcpp.engine.sequence import gap
@@ -61,7 +61,7 @@ class Engine:
         clock: Clock,
         *,
         block_tokens: int = 0,
-        open_arena: OpenArena = no_arena,
+        open_arena: OpenArena = lambda _message: None,
     ) -> None:
         self._backend = backend
         self._open_arena = open_arena

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swarmcpp.core import Clock, Sampled, SamplerLike
-from swarmcpp.engine.backend import FloatRows, OpenArena, StageBackend, no_arena, opens
+from swarmcpp.engine.backend import FloatRows, OpenArena, StageBackend, opens
 from swarmcpp.errors import DecodeFailed, QueueFull, StageLost, SwarmError, WireError
 from swarmcpp.telemetry import diag
 from swarmcpp.wire.codec import Buffer
@@ -67,7 +67,7 @@ class StageLoop:
         *,
         block_tokens: int = 0,
         poll_s: float = 0.0,
-        open_arena: OpenArena = no_arena,
+        open_arena: OpenArena = lambda _message: None,
     ) -> None:
         self._backend = backend
         self._open_arena = open_arena

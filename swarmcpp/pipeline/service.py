@@ -49,6 +49,9 @@ logger = logging.getLogger(__name__)
 CALL_TIMEOUT_S: Final = 20.0
 """Of everything but passes. It waits for those before it at the engine, and `resume` reads blocks from a disk."""
 
+CLOSE_TIMEOUT_S: Final = 120.0
+"""Of a close: after so long the stage has closed what nobody uses by itself."""
+
 WATCH_S: Final = 0.25
 """Between looks at whether a node that is asked still gives news of itself."""
 
@@ -295,18 +298,21 @@ class RemoteStage:
     async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:
         """See `contract.StageCaller`."""
         ref = self._ref
-        await self._tell(StoreSequence(ref.fingerprint, calls.hop(ref), sequence, epoch, tuple(keys)))
+        asked = StoreSequence(ref.fingerprint, calls.hop(ref), sequence, epoch, tuple(keys))
+        self._check_told(await self._ask(asked))
 
     async def close(self, sequence: bytes) -> None:
         """See `contract.StageCaller`."""
-        await self._tell(CloseSequence(self._ref.fingerprint, calls.hop(self._ref), sequence))
+        asked = CloseSequence(self._ref.fingerprint, calls.hop(self._ref), sequence)
+        # Never cancelled: a node that was frozen would read both at once, and not begin what is cancelled.
+        reply, _ = await asyncio.shield(self._link().ask(asked, timeout_s=CLOSE_TIMEOUT_S))
+        self._check_told(reply)
 
-    async def _tell(self, message: StoreSequence | CloseSequence) -> None:
-        reply = await self._ask(message)
+    def _check_told(self, reply: Reply) -> None:
         if not isinstance(reply, Pong):
             raise WireError(f"{calls.name(self._ref)} answers with a {type(reply).__name__}; it was only told")
 
-    async def _ask(self, message: OpenSequence | ResumeSequence | StoreSequence | CloseSequence) -> Reply:
+    async def _ask(self, message: OpenSequence | ResumeSequence | StoreSequence) -> Reply:
         asking = asyncio.ensure_future(self._link().ask(message, timeout_s=CALL_TIMEOUT_S))
         try:
             # A stage may be busy for long, but a node that has frozen says nothing of itself either.

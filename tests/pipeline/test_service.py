@@ -309,6 +309,20 @@ async def test_sequences_are_opened_resumed_stored_and_closed(peers: Peers, loca
     ]
 
 
+async def test_a_close_that_nobody_waits_for_closes(peers: Peers) -> None:
+    """As of a node that was frozen, whose head has long gone on: it reads the close and what comes after it at once."""
+    head, other = await open_nodes(peers, 2)
+    stage = other.host(4, N_LAYERS)
+    caller = head.service.caller(ref_of(other.id, stage))
+    for number in range(20):
+        await caller.open(SEQUENCE, number, KEYS, REQUEST, 3)
+        closing = asyncio.create_task(caller.close(SEQUENCE))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        closing.cancel()
+        await until(lambda: not stage.held, "it is closed")
+
+
 async def test_errors_of_a_peer_arrive_as_what_they_are(chain: Chain) -> None:
     caller, stage = chain.first, chain.stages[0]
     for error in (StageLost("gone"), QueueFull("no sequence is free", retry_after=3.0), NotReady("it restarts")):
