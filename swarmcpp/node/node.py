@@ -25,14 +25,14 @@ from swarmcpp.core import (
     TokenPart,
     Usage,
 )
-from swarmcpp.errors import BadConfig, Cancelled, NotReady, UnknownModel
+from swarmcpp.errors import BadConfig, NotReady, UnknownModel
 from swarmcpp.llama.chat import ChatCodec
 from swarmcpp.llama.text import TextStream
 from swarmcpp.node.hosted import Hosted
 from swarmcpp.node.member import Swarm
 from swarmcpp.node.placing import plan
 from swarmcpp.status import SwarmPlan, SwarmStatus
-from swarmcpp.supervisor.runner import LOCAL, Runner
+from swarmcpp.supervisor.runner import LOCAL, Runner, deadline
 
 
 class Node:
@@ -133,15 +133,12 @@ class Node:
         codec = await self._codec_of(request.model)
         answer = _Answer(TextStream(codec.piece, request.stop), len(request.prompt), asyncio.get_running_loop().time)
         timeout = request.deadline_s or self._config.server.request_timeout_s or None
-        try:
-            async with asyncio.timeout(timeout), aclosing(self._tokens(request, timeout)) as parts:
-                async for route, part in parts:
-                    for event in answer.events(route, part):
-                        yield event
-                    if answer.ended:
-                        return
-        except TimeoutError:
-            raise Cancelled(f"the request took longer than its limit of {timeout:g} s") from None
+        async with deadline(timeout), aclosing(self._tokens(request, timeout)) as parts:
+            async for route, part in parts:
+                for event in answer.events(route, part):
+                    yield event
+                if answer.ended:
+                    return
 
     def _tokens(self, request: GenerateRequest, timeout: float | None) -> AsyncGenerator[tuple[str, TokenPart], None]:
         """Tokens with the route that they came by, from one replica after another until one has finished."""
