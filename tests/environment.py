@@ -8,4 +8,4 @@ STORIES = os.environ.pop("SWARMCPP_STORIES", None)
 """Where stories260K.gguf is."""
 
 KILLS = int(os.environ.pop("SWARMCPP_E2E_KILLS", "6"))
-"""Of a test that kills stages of pipelines."""
+"""Of each test that kills engines, stages or nodes again and again."""

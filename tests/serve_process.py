@@ -149,6 +149,11 @@ class ServeProcess:
         wait_until(lambda: self.get("/health/ready")[0] == 200 or not self.running, "it is ready")
         assert self.running, f"it ended with {self.process.returncode}: {self.stderr}"
 
+    def wait_says(self, text: str) -> None:
+        """Until it has printed `text`. It answers before it prints, and it prints line by line."""
+        wait_until(lambda: text in self.stdout or not self.running, f"it says {text!r}", STOP_DEADLINE_S)
+        assert text in self.stdout, self.stderr
+
     def engine_pid(self) -> int | None:
         """The engine that runs now."""
         with suppress(psutil.Error):

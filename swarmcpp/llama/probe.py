@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import msgspec
 
 from swarmcpp import _native
 from swarmcpp._native import q8_backend_problem
+from swarmcpp.files import replace_file
 from swarmcpp.hardware import read_hardware
 from swarmcpp.models.synthetic import TINY, Quant, write_model
 
@@ -203,9 +203,7 @@ def _write(path: Path, report: ProbeReport) -> None:
     # A data directory that cannot be written costs a second at the next start, no more.
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}")
-        scratch.write_bytes(msgspec.json.encode(report))
-        scratch.replace(path)
+        replace_file(path, msgspec.json.encode(report))
 
 
 def _child(candidate: Candidate) -> None:

@@ -8,14 +8,15 @@
 3. A machine that makes nothing faster stays out.
 4. What machines hold already stays, unless the new layout is faster by `gain`.
 
-So the machine that joined last never lowers the tokens/s of a swarm, neither of one that holds nothing yet nor of one
-that holds a placement. Between layouts that differ by less than `gain` the one that is held wins.
+So the machine that joined last never lowers the tokens/s of a swarm that holds nothing yet, nor of up to EXACT_HELD
+machines that hold a placement; of more, those that hold the same are paired anew, the fastest first. Between layouts
+that differ by less than `gain` the one that is held wins.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -41,6 +42,9 @@ GAIN: Final = 0.1
 
 EXACT: Final = 6
 """Machines of which all groupings are compared: 3**6 pairs of subsets, 64 chains to order."""
+
+EXACT_HELD: Final = 8
+"""The same where all hold something already: 3**8 pairs of subsets and nothing to order."""
 
 AFRESH_EVERY: Final = 8
 """Grouping afresh is tried for each eighth machine."""
@@ -122,7 +126,7 @@ class _Search:
 
     def grow(self, machines: Group) -> _Layout:
         """The best layout that was found for machines in the order in which they joined."""
-        groups, idle = self._exact(machines[:EXACT])
+        groups, idle = self._exact(machines[:EXACT], lambda members: self.chain(members, MOST_PERMUTED))
         best = self._layout(groups, idle)
         for count in range(EXACT + 1, len(machines) + 1):
             idle = (*idle, machines[count - 1])
@@ -136,7 +140,7 @@ class _Search:
                     best, groups, idle = layout, new_groups, new_idle
         return best
 
-    def _exact(self, machines: Group) -> tuple[list[Group], Group]:
+    def _exact(self, machines: Group, chain: Callable[[Group], Pipeline | None]) -> tuple[list[Group], Group]:
         """The best groups of all: best(S) = max of best(S - first) and, over T in S with first, chain(T) + best(S -
         T)."""
         full = 1 << len(machines)
@@ -148,7 +152,7 @@ class _Search:
             while part:
                 if part & lowest:
                     members = tuple(m for i, m in enumerate(machines) if part >> i & 1)
-                    pipeline, rest = self.chain(members, MOST_PERMUTED), best[mask ^ part]
+                    pipeline, rest = chain(members), best[mask ^ part]
                     if pipeline is not None and pipeline.tps + rest[0] > top[0] * _BETTER:
                         top = (pipeline.tps + rest[0], (members, *rest[1]))
                 part = (part - 1) & mask
@@ -199,7 +203,10 @@ class _Search:
     def keep(self, machines: Group) -> _Layout:
         """A layout in which all machines of pipelines keep what they hold; free ones fill gaps and form new
         pipelines."""
-        rest, chains = machines, []
+        holders = tuple(m for m in machines if m.holds)
+        groups = self._exact(holders, self._as_held)[0] if len(holders) <= EXACT_HELD else []
+        chains = [pipeline for group in groups if (pipeline := self._as_held(group)) is not None]
+        rest = _without(machines, groups)
         while chain := self._held_chain(rest):
             order, bounds = chain
             chains.append(self._costs.pipeline(order, bounds))
@@ -208,6 +215,14 @@ class _Search:
             return _Layout((), machines)
         grown = self.grow(rest)
         return _Layout((*chains, *grown.pipelines), grown.idle)
+
+    def _as_held(self, machines: Group) -> Pipeline | None:
+        """What they hold as a pipeline; None where that is not every layer once."""
+        order = tuple(sorted(machines, key=lambda m: m.holds[0]))
+        bounds = [0, *(m.holds[0][1] for m in order)]
+        whole = bounds[-1] == self._costs.shape.n_layers
+        whole = whole and all(m.holds[0] == held for m, held in zip(order, pairwise(bounds), strict=True))
+        return self._costs.pipeline(order, bounds) if whole else None
 
     def _held_chain(self, machines: Group) -> tuple[Group, list[int]] | None:
         """A chain of what machines hold, with as few layers in gaps as possible; free machines fill the gaps."""

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from swarmcpp.core import Clock
+from swarmcpp.files import replace_file
 from swarmcpp.peers import NodeId
 
 logger = logging.getLogger(__name__)
@@ -146,7 +145,8 @@ class TrustBook:
         if self._path is None or text == self._saved:
             return
         try:
-            _replace(self._path, text)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self._path, text.encode())
         except OSError as error:
             if not self._failing:
                 logger.warning("%s: trust in peers cannot be saved: %s", self._path, error)
@@ -189,15 +189,3 @@ def _sound_peers(content: object) -> Iterator[PeerTrust | None]:
             yield PeerTrust(peer, float(min(max(score, 0.0), 1.0)), str(why)[:MAX_WHY])
         else:
             yield None
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise

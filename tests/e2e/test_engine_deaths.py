@@ -11,6 +11,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from environment import KILLS
 from serve_client import Body, Heard, ask, complete, completion, health, http_session, listen, until, until_health
 from serve_process import ServeProcess, alive, launched, serving, wait_until
 from trained_models import BEGINNINGS
@@ -19,7 +20,6 @@ from swarmcpp.models.synthetic import Shape, write_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
 
-KILLS = 20
 TOKENS = 300
 
 ONLY_ASCII = {str(token): -100 for token in range(512) if not 33 <= token <= 126}
@@ -65,7 +65,7 @@ class Killer:
 async def stream_under_fire(server: ServeProcess, bodies: list[Body], seed: int) -> tuple[Killer, list[list[Heard]]]:
     """Rounds of these streams until there were KILLS kills; what each round heard."""
     rounds: list[list[Heard]] = []
-    async with http_session() as http, asyncio.timeout(120):
+    async with http_session() as http, asyncio.timeout(30 + 10 * KILLS):
         killer = Killer(server, http, seed)
         while killer.kills < KILLS:
             heards = [Heard() for _ in bodies]
@@ -77,7 +77,7 @@ async def stream_under_fire(server: ServeProcess, bodies: list[Body], seed: int)
     return killer, rounds
 
 
-async def test_20_kills_change_no_text_of_a_trained_model(
+async def test_kills_change_no_text_of_a_trained_model(
     unquantised: Path, data_dir: Path, http: aiohttp.ClientSession
 ) -> None:
     arguments = ("--slots", "4", "--ctx-size", "2048", "--data-dir", str(data_dir))
@@ -93,7 +93,7 @@ async def test_20_kills_change_no_text_of_a_trained_model(
         assert (await health(http, server.url))["restarts"] == killer.kills == KILLS
 
 
-async def test_20_kills_lose_and_repeat_no_token(tiny: Path, data_dir: Path, http: aiohttp.ClientSession) -> None:
+async def test_kills_lose_and_repeat_no_token(tiny: Path, data_dir: Path, http: aiohttp.ClientSession) -> None:
     arguments = ("--slots", "4", "--ctx-size", "2048", "--data-dir", str(data_dir))
     with serving(tiny, *arguments) as server:
         # Random weights are full of near ties, which a replayed prompt may decide otherwise: the count tells.

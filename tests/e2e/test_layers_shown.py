@@ -39,7 +39,8 @@ async def test_a_model_on_two_nodes(
     small = ("--memory", "100M", *FLAGS)
     with ready(first, "serve", str(trained), "--swarm", "--layers", "0-7", *small) as alpha:
         missing = "layers 7-12 of 12 are on no node that runs now; memory is what is missing: they need "
-        assert missing in await refusal(http, alpha) and missing in alpha.stdout
+        assert missing in await refusal(http, alpha)
+        alpha.wait_says(missing)
         assert missing in alpha.get("/health/ready")[1]["detail"]
         row = alpha.row("alpha")
         assert (row["ranges"], row["role"], row["n_layers"], row["slots"]) == (["0-7"], "stage", 12, 2)

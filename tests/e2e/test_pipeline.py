@@ -82,7 +82,7 @@ def random_bodies() -> list[Body]:
 async def test_every_architecture(
     architecture: Architecture, new_data_dir: DataDirMaker, http: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
-    """Two stages, and three when the node with the last layers has left."""
+    """Stages with the first, the last and neither of the layers."""
     experts = 4 if architecture == "qwen3moe" else 0
     # Not named as the architecture: llama.cpp looks for tokens of Phi in a model that is called so.
     shape = Shape("random", architecture, 5, 64, 4, 2, 128, 512, 512, n_expert=experts)
@@ -92,12 +92,8 @@ async def test_every_architecture(
     with serving(model, *flags, "--data-dir", str(new_data_dir())) as server:
         expected = [await complete(http, server.url, body) for body in bodies]
     assert len(set(expected)) == len(bodies)
-    with pipeline(model, new_data_dir, ("0-2", "2-4", "4-5", "2-5"), *flags) as stages:
+    with pipeline(model, new_data_dir, ("0-2", "2-4", "4-5"), *flags) as stages:
         texts = await listen_all(http, stages["Ann"].url, bodies)
         assert (texts, stages.failovers("Ann")) == (expected, [])
-        assert [await complete(http, stages["Ann"].url, body) for body in bodies[3:5]] == expected[3:5]
-        stages["Dan"].terminate()
-        salted: list[Body] = [{**body, "cache_salt": "three"} for body in bodies]
-        assert await listen_all(http, stages["Ann"].url, salted) == expected
         assert [await complete(http, stages["Ann"].url, body) for body in bodies[3:5]] == expected[3:5]
         stages.wait_idle()

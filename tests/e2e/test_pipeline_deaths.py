@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform == "win32", reaso
 TOKENS = 300
 PROMPTS = BEGINNINGS[:4]
 
-PAUSE_S = 12.0
+PAUSE_S = 20.0
 """A stage that says nothing for 3 s is taken for lost; the rest is for a machine that does other things."""
 
 DataDirMaker = Callable[[], Path]

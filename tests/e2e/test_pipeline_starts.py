@@ -68,8 +68,8 @@ async def test_what_is_missing(model: Path, new_data_dir: DataDirMaker, http: ai
     """A gap, ranges that overlap and do not chain, and one more node that helps."""
     with nodes(new_data_dir) as whole:
         ann = whole.start("Ann", "serve", str(model), "--layers", "0-2", *SMALL)
-        assert "layers 0-2 of 5 of tiny" in ann.stdout
-        assert "cannot answer yet: layers 2-5 of 5 are on no node" in ann.stdout
+        ann.wait_says("layers 0-2 of 5 of tiny")
+        ann.wait_says("cannot answer yet: layers 2-5 of 5 are on no node")
         whole.start("Bob", "join", ann.token, "--layers", "3-5", *SMALL)
         whole.wait_ranges("Ann", Ann="0-2", Bob="3-5")
         for name in ("Ann", "Bob"):
@@ -78,7 +78,7 @@ async def test_what_is_missing(model: Path, new_data_dir: DataDirMaker, http: ai
             assert "layers 2-3 of 5 are on no node" in found["error"]["message"], found
         assert ann.get("/health/ready")[0] == 503
         cid = whole.start("Cid", "join", ann.token, "--layers", "1-4", *SMALL)
-        assert "do not follow one another" in cid.stdout
+        cid.wait_says("do not follow one another")
         whole.wait_ranges("Ann", Ann="0-2", Bob="3-5", Cid="1-4")
         status, found = await ask(http, ann.url, completion("a", 3))
         assert (status, "do not follow one another" in found["error"]["message"]) == (503, True), found

@@ -196,7 +196,7 @@ async def test_no_arena_leaves_the_slots(
 ) -> None:
     for _ in range(2):
         with serving(tiny, *options(data, "--cache-size", "0")) as server:
-            assert "no cache on disk" in server.stdout
+            server.wait_says("no cache on disk")
             assert await say(http, server, A) == (texts[0], 0)
             assert await say(http, server, A) == (texts[0], 256)
     assert not list((data / "arena").glob("*.arena"))
@@ -382,10 +382,10 @@ STORY = (
 )
 NAMES = ("Tom", "Mia", "Ben", "Sue", "Max", "Anna", "Tim", "Sara", "Jack", "Lucy")
 DEEDS = ("went to the park", "found a big box", "saw a red bird", "was very happy", "wanted to eat cake")
-PAIRS = [(name, deed, other) for name in NAMES for deed in DEEDS for other in ("Mom", "The cat")]
+PAIRS = [(name, deed, ("Mom", "The cat")[number % 2]) for number, name in enumerate(NAMES) for deed in DEEDS]
 
 
-async def test_two_hundred_answers_with_and_without_the_cache(
+async def test_a_hundred_answers_with_and_without_the_cache(
     trained: Path, data: Path, http: aiohttp.ClientSession
 ) -> None:
     """A prompt after another one with the same beginning, against the same prompt where nothing is reused."""
@@ -410,11 +410,11 @@ async def test_two_hundred_answers_with_and_without_the_cache(
         without = await asyncio.gather(*(pair(server, *names) for names in PAIRS))
     with serving(trained, *shape) as server:
         cached = await asyncio.gather(*(pair(server, *names) for names in PAIRS))
-    assert len(PAIRS) == 100
+    assert len(PAIRS) == 50
     assert {found for *_, found in without} == {0}
     assert min(found for *_, found in cached) >= 64, "every second prompt is a hit"
     same = sum(a[:2] == b[:2] for a, b in zip(without, cached, strict=True))
-    assert same >= 99, f"{same} of 100 pairs are the same"
+    assert same >= 49, f"{same} of 50 pairs are the same"
 
 
 async def test_a_server_that_is_killed_while_it_stores_is_no_obstacle(
