@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: install serve test unit check bench clean
+.PHONY: install serve test long unit check bench clean
 
 install: $(STAMP)
 
@@ -18,6 +18,9 @@ serve: install
 	$(BIN)/swarmcpp serve $(MODEL)
 
 test: install
+	$(BIN)/python -m pytest -m 'not long'
+
+long: install
 	$(BIN)/python -m pytest
 
 unit: install

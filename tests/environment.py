@@ -7,5 +7,5 @@ import os
 STORIES = os.environ.pop("SWARMCPP_STORIES", None)
 """Where stories260K.gguf is."""
 
-KILLS = int(os.environ.pop("SWARMCPP_E2E_KILLS", "6"))
+KILLS = int(os.environ.pop("SWARMCPP_E2E_KILLS", "4"))
 """Of each test that kills engines, stages or nodes again and again."""

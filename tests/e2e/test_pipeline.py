@@ -28,7 +28,10 @@ BLOCK_TOKENS = 64
 DataDirMaker = Callable[[], Path]
 
 
-@pytest.fixture(scope="module", params=[("0-7", "7-12"), ("0-4", "4-10", "10-12")], ids=["two stages", "three stages"])
+STAGES = [pytest.param(("0-7", "7-12"), marks=pytest.mark.long), ("0-4", "4-10", "10-12")]
+
+
+@pytest.fixture(scope="module", params=STAGES, ids=["two stages", "three stages"])
 def stages(request: pytest.FixtureRequest, trained: Path, new_data_dir: DataDirMaker) -> Iterator[Pipeline]:
     with pipeline(trained, new_data_dir, request.param) as whole:
         yield whole
@@ -78,7 +81,12 @@ def random_bodies() -> list[Body]:
     return [completion([draw.randrange(256) for _ in range(n)], TOKENS, logit_bias=ONLY_ASCII) for n in lengths]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+SHORT = ("llama", "qwen3moe")
+
+
+@pytest.mark.parametrize(
+    "architecture", [each if each in SHORT else pytest.param(each, marks=pytest.mark.long) for each in ARCHITECTURES]
+)
 async def test_every_architecture(
     architecture: Architecture, new_data_dir: DataDirMaker, http: aiohttp.ClientSession, tmp_path: Path
 ) -> None:

@@ -34,7 +34,7 @@ def resumed_at(trio: Pipeline) -> list[int]:
     return [int(re.findall(r"resumed_at=(\d+)", line)[0]) for line in trio.failovers("Ann")]
 
 
-@pytest.mark.parametrize("setting", ["on", "off"])
+@pytest.mark.parametrize("setting", ["on", pytest.param("off", marks=pytest.mark.long)])
 async def test_a_double_goes_on_from_copies(
     unquantised: Path, new_data_dir: Callable[[], Path], unquantised_server: ServeProcess, setting: str
 ) -> None:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.e2e
 SHAPE = Shape("split", "llama", 24, 768, 12, 4, 3072, 2048, 512)
 CTX, SLOTS = 1024, 4
 FLAGS = ("--ctx-size", str(CTX), "--slots", str(SLOTS))
-TOKENS = 24
+TOKENS = 12
 
 NODE_BYTES = 160 << 20
 """A node process beside its engines: interpreter, numpy, sockets, HTTP server, and the vocabulary."""

@@ -211,7 +211,10 @@ async def test_tenants_share_nothing(tiny: Path, data: Path, http: aiohttp.Clien
             wait_stored(data, 2 * BLOCKS)
 
 
-@pytest.mark.parametrize(("size", "cached"), [("128", (128, 256)), ("32", (192, 288)), ("100", (100, 200))])
+@pytest.mark.parametrize(
+    ("size", "cached"),
+    [("128", (128, 256)), ("32", (192, 288)), pytest.param("100", (100, 200), marks=pytest.mark.long)],
+)
 async def test_the_size_of_blocks(
     tiny: Path, data: Path, texts: dict[int, str], http: aiohttp.ClientSession, size: str, cached: tuple[int, int]
 ) -> None:
@@ -292,7 +295,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+SHORT = ("one value", "cut in the middle", "deleted")
+MOSTLY_LONG = [each if each in SHORT else pytest.param(each, marks=pytest.mark.long) for each in DAMAGES]
+
+
+@pytest.mark.parametrize("damage", MOSTLY_LONG)
 async def test_damage_between_two_runs(
     tiny: Path, data: Path, texts: dict[int, str], http: aiohttp.ClientSession, damage: str
 ) -> None:
@@ -312,7 +319,7 @@ async def test_damage_between_two_runs(
         assert warnings(server) == []
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", MOSTLY_LONG)
 async def test_damage_while_it_runs(
     tiny: Path, data: Path, texts: dict[int, str], http: aiohttp.ClientSession, damage: str
 ) -> None:
