@@ -130,6 +130,15 @@ class InferenceConfig:
         form="auto, on or off",
     )
     persistent_pipeline_stream: bool = setting(True, help="passes follow one another through stages without waiting")
+    ngram_lookup_enabled: bool = setting(True, help="guess ahead what followed the same words in the prompt or answer")
+    draft_model_path: str = setting(
+        "",
+        help="a smaller model of the same vocabulary that guesses ahead: its file, or its name",
+        flag="--draft-model",
+    )
+    speculative_gamma: int = setting(
+        4, help="most tokens that a draft model guesses at a time; 0: nothing is guessed, by nobody", low=0, high=32
+    )
     stage_poll_ms: int = setting(
         30,
         help="ms that a stage watches for its next pass before it sleeps, if the last one came as soon; 0 saves power",

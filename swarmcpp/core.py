@@ -24,6 +24,10 @@ The tiled kernel and the one for fewer rows round differently. So a prompt's ful
 its tail always as fewer rows, whatever runs beside it: that is what makes its tokens the same alone and under load.
 """
 
+MAX_OUTPUTS: Final = 48
+"""Rows of a call whose logits are wanted, unless there are more sequences; each costs a float for every word of the
+vocabulary twice, in llama.cpp's output buffer and in its graph."""
+
 MAX_ROWS: Final = 512
 """Rows that an engine computes at once: llama.cpp's n_ubatch, and n_batch too, more rows than which kill it."""
 
@@ -67,6 +71,12 @@ class GenerateRequest:
     cache_salt: str = ""
     deadline_s: float | None = None
     """Seconds that the whole request may take, from admission; None: no limit."""
+    prediction: tuple[int, ...] = ()
+    """What the answer will be, as the client thinks."""
+    drafter: str = ""
+    """The only one that may guess ahead for it (see `engine.drafting.DrafterName`); "none": nobody; "": whoever can."""
+    gamma: int = -1
+    """Most tokens that are guessed at a time; -1: as many as pay."""
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True):
@@ -99,6 +109,9 @@ class TokenPart(msgspec.Struct, frozen=True, array_like=True):
     queue_s: float = 0.0
     prefill_s: float = 0.0
     fetch_s: float = 0.0
+    drafted: int = 0
+    """Guesses that were verified for these tokens, the first `accepted` of which they are."""
+    accepted: int = 0
 
     @property
     def ids(self) -> list[int]:
@@ -115,6 +128,9 @@ class Usage:
     cached_tokens: int = 0
     cached_tier: str = ""
     """Their source: "slot" (still in the engine's memory), "arena" (blocks on disk) or "peer" (fetched blocks)."""
+    drafted: int = 0
+    """Tokens that were guessed ahead and verified, `accepted` of which are in the answer."""
+    accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,8 +278,8 @@ class Service(Protocol):
         """Prompt tokens of a conversation. Raises UnknownModel, NotReady, BadRequest."""
         ...
 
-    async def tokenize_text(self, model: str, text: str) -> tuple[int, ...]:
-        """Prompt tokens of a raw completion. Raises UnknownModel, NotReady."""
+    async def tokenize_text(self, model: str, text: str, *, begins: bool = True) -> tuple[int, ...]:
+        """Tokens of a text, with which a prompt `begins` or not. Raises UnknownModel, NotReady."""
         ...
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -297,12 +313,22 @@ class Clock(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """`count` tokens of a slot, from position `start`; `last` means that logits of its last row are wanted."""
+    """`count` tokens of a slot, from position `start`; `last` means that logits of its last row are wanted.
+
+    The last rows may be `guesses` at what follows its tokens; then the logits of all these and of the row before them
+    are wanted.
+    """
 
     slot: int
     start: int
     count: int
     last: bool
+    guesses: tuple[int, ...] = ()
+
+    @property
+    def outputs(self) -> int:
+        """Rows whose logits are wanted, the last ones."""
+        return 1 + len(self.guesses) if self.last else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +351,14 @@ class Rows:
 
 class SamplerLike(Protocol):
     """The sampler state of one request."""
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Be as if it had drawn `tokens`."""
+        ...
+
+    def copy(self) -> SamplerLike:
+        """One that draws what this one would draw next, and leaves it as it is."""
+        ...
 
     def close(self) -> None:
         """Free it."""

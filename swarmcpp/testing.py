@@ -114,7 +114,7 @@ class FakeService:
         self.conversations.append(tuple(messages))
         return await self.tokenize_text(model, "".join(f"{one.role}: {one.content}\n" for one in messages))
 
-    async def tokenize_text(self, model: str, text: str) -> tuple[int, ...]:
+    async def tokenize_text(self, model: str, text: str, *, begins: bool = True) -> tuple[int, ...]:
         """Bytes of `text`. Raises UnknownModel, NotReady."""
         self._check(model)
         return tuple(text.encode())
@@ -244,7 +244,11 @@ class FakeStage:
             each.rows, given = np.concatenate([each.rows[: part.start], given[: part.count]]), given[part.count :]
             whole = summed(each.rows, self.first, self.last)
             made.append(whole[part.start :])
-            tokens += [(Token(summed_token(whole)),)] if part.outputs else []
+            if part.outputs:
+                ends = [len(whole) - n for n in reversed(range(part.outputs))]
+                said = [Token(summed_token(whole[:end])) for end in ends]
+                right = takewhile(lambda pair: pair[0].id == pair[1], zip(said, part.guesses, strict=False))
+                tokens.append(tuple(said[: 1 + len(list(right))]))
         tail = self.last == self.n_layers
         result = (tuple(tokens), None, 0.5, 0.25) if tail else ((), np.concatenate(made).tobytes(), 0.5, 0.25)
         self._last = asyncio.create_task(self._end(self._last, done, result))

@@ -12,18 +12,21 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from swarmcpp.core import KvLayout
-from swarmcpp.errors import SnapshotError, SwarmError
+from swarmcpp.core import MAX_OUTPUTS, KvLayout
+from swarmcpp.errors import BadModel, SnapshotError, SwarmError
 from swarmcpp.footprint import settle, share_heaps
 from swarmcpp.supervisor.workerlink import WorkerLink
 from swarmcpp.wire.engine import EngineLink, EngineOptions, Fault, Load, LoadProgress, Ready, Stop, UseArena
 
 if TYPE_CHECKING:
     from swarmcpp.engine.abortflag import AbortFlag
+    from swarmcpp.engine.drafting import Drafter
     from swarmcpp.engine.loop import Engine
     from swarmcpp.engine.scheduler import Scheduler
     from swarmcpp.engine.stageloop import StageLoop
@@ -87,33 +90,72 @@ def _run_engine(options: EngineOptions, link: WorkerLink, abort_file: Path) -> N
     abort = AbortFlag(abort_file, create=False)
     if options.q8_kernel:
         lib.use_q8_kernel()
-    model = Model(Path(options.model_path), use_extra_bufts=options.use_extra_bufts, progress=_Progress(link).report)
-    context, backend = _open_stage(options, model) if options.stage else _open_whole(options, model, abort)
-    layout, no_blocks = _learn(options, backend)
-    # Copies between slots need the layout too.
-    loop = _loop(options, backend, link, abort, options.prefix_block_tokens if layout else 0)
-    link.send(
-        Ready(
-            ctx_size=backend.n_ctx,
-            slots=backend.n_slots,
-            threads=options.threads,
-            resident_bytes=psutil.Process().memory_info().rss,
-            layout=layout,
-            no_blocks=no_blocks,
+    with ExitStack() as stack:
+        model = Model(
+            Path(options.model_path), use_extra_bufts=options.use_extra_bufts, progress=_Progress(link).report
         )
-    )
-    settle()
-    try:
+        stack.callback(model.close)
+        context, backend = _open_stage(options, model) if options.stage else _open_whole(options, model, abort)
+        stack.callback(context.close)
+        layout, no_blocks = _learn(options, backend)
+        drafters = _drafters(options, model, stack)
+        # Copies between slots need the layout too.
+        loop = _loop(options, backend, link, abort, options.prefix_block_tokens if layout else 0, drafters)
+        link.send(
+            Ready(
+                ctx_size=backend.n_ctx,
+                slots=backend.n_slots,
+                threads=options.threads,
+                resident_bytes=psutil.Process().memory_info().rss,
+                layout=layout,
+                no_blocks=no_blocks,
+            )
+        )
+        settle()
         loop.serve()
-    finally:
-        context.close()
-        model.close()
+
+
+def _drafters(options: EngineOptions, model: Model, stack: ExitStack) -> list[Drafter]:
+    """Who guesses ahead for this engine. Raises BadModel, NotEnoughMemory."""
+    from swarmcpp.engine.drafting import lookups
+    from swarmcpp.engine.modeldrafter import ModelDrafter
+
+    if not options.guess:
+        return []
+    drafters = [make() for make in lookups(ngram=options.ngram)]
+    if options.draft_path:
+        backend = _open_draft(options, model, stack)
+        drafters.append(ModelDrafter("draft", backend, model.vocab.n_vocab, time.monotonic))
+    return drafters
+
+
+def _open_draft(options: EngineOptions, target: Model, stack: ExitStack) -> LlamaBackend:
+    from swarmcpp.llama.backend import LlamaBackend
+    from swarmcpp.llama.context import Context, Model
+    from swarmcpp.llama.vocab import difference
+
+    draft = Model(Path(options.draft_path), use_extra_bufts=options.use_extra_bufts)
+    stack.callback(draft.close)
+    if what := difference(target.vocab, draft.vocab):
+        raise BadModel(
+            f"{options.draft_path}: cannot guess for {options.model_path}, since {what}; draft_model_path needs a "
+            "smaller model of the same family"
+        )
+    context = Context(draft, replace(_context_options(options), outputs=0))
+    stack.callback(context.close)
+    return LlamaBackend(draft, context)
 
 
 def _loop(
-    options: EngineOptions, backend: LlamaBackend, link: WorkerLink, abort: AbortFlag, block_tokens: int
+    options: EngineOptions,
+    backend: LlamaBackend,
+    link: WorkerLink,
+    abort: AbortFlag,
+    block_tokens: int,
+    drafters: Sequence[Drafter],
 ) -> Engine | StageLoop:
     from swarmcpp.engine.loop import Engine
+    from swarmcpp.engine.speculation import Speculation
     from swarmcpp.engine.stageloop import StageLoop
     from swarmcpp.kv.arena import ArenaFile, ArenaGeometry
     from swarmcpp.llama.stage import LlamaStage
@@ -124,8 +166,16 @@ def _loop(
     clock = time.monotonic
     if isinstance(backend, LlamaStage):
         return StageLoop(backend, link, clock, block_tokens=block_tokens, poll_s=options.poll_s, open_arena=open_arena)
-    scheduler = _scheduler(options, backend.max_rows)
-    return Engine(backend, link, scheduler, abort, clock, block_tokens=block_tokens, open_arena=open_arena)
+    return Engine(
+        backend,
+        link,
+        _scheduler(options, backend.max_rows),
+        abort,
+        clock,
+        block_tokens=block_tokens,
+        open_arena=open_arena,
+        speculation=Speculation(drafters, gamma=options.gamma, max_rows=backend.max_outputs, n_ctx=backend.n_ctx),
+    )
 
 
 def _open_whole(options: EngineOptions, model: Model, abort: AbortFlag) -> tuple[Context, LlamaBackend]:
@@ -152,7 +202,8 @@ def _open_stage(options: EngineOptions, model: Model) -> tuple[Context, LlamaSta
 def _context_options(options: EngineOptions) -> ContextOptions:
     from swarmcpp.llama.context import ContextOptions
 
-    return ContextOptions(n_ctx=options.ctx_size, n_seqs=options.slots, n_threads=options.threads)
+    outputs = MAX_OUTPUTS if options.guess else 0
+    return ContextOptions(n_ctx=options.ctx_size, n_seqs=options.slots, n_threads=options.threads, outputs=outputs)
 
 
 def _learn(options: EngineOptions, backend: LlamaBackend) -> tuple[KvLayout | None, str]:

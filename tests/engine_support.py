@@ -13,8 +13,10 @@ from fake_backend import FakeBackend, FakeLink
 from swarmcpp.core import FinishReason, GenerateRequest, Sampled, SamplingParams, Token, TokenPart
 from swarmcpp.engine.abortflag import AbortFlag
 from swarmcpp.engine.backend import WholeBackend
+from swarmcpp.engine.drafting import Drafter
 from swarmcpp.engine.loop import Engine
 from swarmcpp.engine.scheduler import Policy, Scheduler
+from swarmcpp.engine.speculation import Speculation
 from swarmcpp.testing import FakeClock
 from swarmcpp.wire.engine import Submit, ToEngine
 
@@ -116,10 +118,12 @@ def make_rig(
     policy: Policy | None = None,
     clock: FakeClock | None = None,
     block_tokens: int = 0,
+    drafters: Sequence[Drafter] = (),
 ) -> Rig:
     clock = clock or FakeClock()
     policy = policy or Policy(max_rows=backend.max_rows)
     link = FakeLink()
     abort = AbortFlag(abort_file, create=True)
-    engine = Engine(backend, link, Scheduler(policy), abort, clock, block_tokens=block_tokens)
+    speculation = Speculation(drafters, gamma=4, max_rows=backend.max_outputs, n_ctx=backend.n_ctx)
+    engine = Engine(backend, link, Scheduler(policy), abort, clock, block_tokens=block_tokens, speculation=speculation)
     return Rig(engine, backend, link, clock, abort)

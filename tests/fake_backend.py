@@ -39,6 +39,13 @@ class FakeSampler:
     owner: FakeBackend
     closed: bool = False
 
+    def follow(self, tokens: Sequence[int]) -> None:
+        self.drawn += len(tokens)
+
+    def copy(self) -> FakeSampler:
+        self.owner.open_samplers += 1
+        return FakeSampler(self.seed, self.drawn, self.owner)
+
     def close(self) -> None:
         assert not self.closed, "a sampler is closed twice"
         self.closed = True
@@ -81,6 +88,7 @@ class FakeBackend:
     n_slots: int = 4
     n_ctx: int = 256
     max_rows: int = 512
+    max_outputs: int = 48
     n_vocab: int = 97
     eog_tokens: frozenset[int] = frozenset()
     clock: FakeClock | None = None
@@ -140,13 +148,14 @@ class FakeBackend:
             assert part.tokens, "rows without tokens"
             assert part.start == len(self.kv[part.slot]), f"slot {part.slot}: rows are not contiguous"
             assert part.start + len(part.tokens) <= self.n_ctx, f"slot {part.slot} overflows"
+        assert sum(part.outputs for part in rows) <= max(self.max_outputs, self.n_slots), "more outputs than reserved"
 
     def sample(self, sampler: SamplerLike, slot: int, output: int = 0) -> Token:
         assert isinstance(sampler, FakeSampler)
         assert not sampler.closed, "a closed sampler is used"
         draw = None if sampler.seed is None else (sampler.seed, sampler.drawn)
         sampler.drawn += 1
-        return Token(next_token(self._outputs[slot].pop(output), self.n_vocab, draw))
+        return Token(next_token(self._outputs[slot][output], self.n_vocab, draw))
 
     def truncate(self, slot: int, n_past: int) -> None:
         del self.kv[slot][n_past:]

@@ -46,6 +46,9 @@ async def plan(service: Service, query: Query, head: Head) -> tuple[GenerateRequ
             await service.tokenize_text(head.model, prompt) if isinstance(prompt, str) else prompt
             for prompt in query.prompts
         ]
+    prediction: tuple[int, ...] = ()
+    if query.prediction:
+        prediction = await service.tokenize_text(head.model, query.prediction, begins=False)
     ctx_size = service.limits(head.model).ctx_size
     for prompt in prompts:
         _check_length(len(prompt), ctx_size, "messages" if query.kind == "chat" else "prompt")
@@ -62,6 +65,10 @@ async def plan(service: Service, query: Query, head: Head) -> tuple[GenerateRequ
                     sampling=query.sampling_of(choice),
                     stop=query.stop,
                     cache_salt=query.cache_salt,
+                    # Nobody answers more than that.
+                    prediction=prediction[:ctx_size],
+                    drafter=query.drafter,
+                    gamma=query.gamma,
                 )
             )
     return tuple(requests)

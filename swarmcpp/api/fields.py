@@ -44,6 +44,8 @@ COMMON_FIELDS = frozenset(
         "stream_options",
         "echo",
         "cache_salt",
+        "prediction",
+        "speculative",
     }
 )
 CHAT_FIELDS = COMMON_FIELDS | {"messages"}
@@ -68,7 +70,6 @@ KNOWN_ELSEWHERE: Mapping[str, tuple[Any, ...]] = {
     "suffix": (),
     "modalities": (["text"],),
     "audio": (),
-    "prediction": (),
     "moderation": (),
     "prompt_cache_key": (),
     "prompt_cache_options": (),

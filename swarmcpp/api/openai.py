@@ -25,6 +25,8 @@ MAX_SEQUENCES = 256
 MAX_SALT = 256
 """Characters. A salt is a name or a random string of a tenant, not a document."""
 
+DRAFTERS = ("none", "prediction", "ngram", "draft")
+MAX_GAMMA = 32
 MAX_TEMPERATURE = 100.0
 MAX_PENALTY = 100.0
 MAX_INT = 2**31 - 1
@@ -67,6 +69,11 @@ class Query:
     sampling: SamplingParams
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
+    prediction: str = ""
+    """What the answer will be, as the client thinks."""
+    drafter: str = ""
+    gamma: int = -1
+    """See `core.GenerateRequest`."""
 
     @property
     def sequences(self) -> int:
@@ -129,6 +136,7 @@ def _query(kind: Literal["chat", "text"], body: bytes, limits_of: LimitsOf, draw
     if fields.flag(obj, "echo"):
         raise fields.unsupported("echo", True)
     stream = fields.flag(obj, "stream")
+    drafter, gamma = _speculative(obj)
     query = Query(
         kind=kind,
         model=model,
@@ -141,6 +149,9 @@ def _query(kind: Literal["chat", "text"], body: bytes, limits_of: LimitsOf, draw
         stop=_stop(obj.get("stop"), limits),
         sampling=_sampling(obj, limits, draw_seed),
         cache_salt=_cache_salt(obj),
+        prediction=_prediction(obj),
+        drafter=drafter,
+        gamma=gamma,
     )
     if query.sequences > MAX_SEQUENCES:
         raise _too_many(f"{len(prompts)} prompts times n = {query.n}")
@@ -152,6 +163,31 @@ def _cache_salt(obj: JsonObject) -> str:
     if len(salt) > MAX_SALT:
         raise BadRequest(f"cache_salt has {len(salt)} characters; at most {MAX_SALT} are taken", param="cache_salt")
     return salt
+
+
+def _prediction(obj: JsonObject) -> str:
+    """OpenAI's predicted outputs."""
+    value = fields.typed(obj, "prediction", dict)
+    if value is None:
+        return ""
+    if value.get("type") != "content":
+        kind = show(value.get("type"))
+        raise UnsupportedField(f'prediction.type is {kind}; only "content" is known', param="prediction")
+    return _content(value.get("content"), "prediction")
+
+
+def _speculative(obj: JsonObject) -> tuple[str, int]:
+    """The drafter that a request wants, and the most guesses at a time; nothing is asked of OpenAI's clients."""
+    value = fields.typed(obj, "speculative", dict) or {}
+    for name in value:
+        if name not in ("drafter", "gamma"):
+            raise UnsupportedField(f"speculative has {show(name)}; it may have drafter and gamma", param="speculative")
+    drafter = fields.typed(value, "drafter", str) or ""
+    if drafter and drafter not in DRAFTERS:
+        names = ", ".join(DRAFTERS)
+        raise BadRequest(f"speculative.drafter is {show(drafter)}; it must be one of {names}", param="speculative")
+    gamma = fields.integer(value, "gamma", 0, MAX_GAMMA)
+    return drafter, -1 if gamma is None else gamma
 
 
 def _too_many(what: str) -> BadRequest:

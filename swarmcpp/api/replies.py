@@ -117,12 +117,14 @@ def sse(obj: JsonObject) -> bytes:
 
 def total_usage(per_prompt: Iterable[Sequence[Usage]]) -> Usage:
     """Usage of a whole answer: each prompt counts once, however many choices it has; every choice's tokens count."""
-    prompt = cached = completion_tokens = 0
+    prompt = cached = completion_tokens = drafted = accepted = 0
     for usages in per_prompt:
         prompt += usages[0].prompt_tokens
         cached += usages[0].cached_tokens
         completion_tokens += sum(usage.completion_tokens for usage in usages)
-    return Usage(prompt, completion_tokens, cached)
+        drafted += sum(usage.drafted for usage in usages)
+        accepted += sum(usage.accepted for usage in usages)
+    return Usage(prompt, completion_tokens, cached, drafted=drafted, accepted=accepted)
 
 
 def usage_json(usage: Usage) -> JsonObject:
@@ -132,6 +134,10 @@ def usage_json(usage: Usage) -> JsonObject:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": usage.accepted,
+            "rejected_prediction_tokens": usage.drafted - usage.accepted,
+        },
     }
 
 
@@ -146,6 +152,8 @@ def timings_json(done: Done) -> JsonObject:
         **_pace("prompt", computed, times.prefill_s),
         "predicted_n": usage.completion_tokens,
         **_pace("predicted", usage.completion_tokens, times.decode_s),
+        "draft_n": usage.drafted,
+        "draft_n_accepted": usage.accepted,
     }
 
 

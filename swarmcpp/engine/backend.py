@@ -37,7 +37,8 @@ class Backend(Protocol):
     n_ctx: int
     """Tokens that one slot holds."""
     max_rows: int
-    """Rows of one call at most."""
+    """Rows of one call at most, of which `max_outputs` may be outputs."""
+    max_outputs: int
 
     def sampler(self, request: GenerateRequest) -> SamplerLike:
         """A sampler that goes on after `request.generated`."""

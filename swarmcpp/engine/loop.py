@@ -18,6 +18,7 @@ from swarmcpp.engine.prefix import Placement, pack, place
 from swarmcpp.engine.scheduler import Scheduler
 from swarmcpp.engine.sequence import gap
 from swarmcpp.engine.slots import Running, Slot, Waiting
+from swarmcpp.engine.speculation import NONE, Speculation, drawn_tokens
 from swarmcpp.errors import DecodeAborted, PromptTooLong, SwarmError
 from swarmcpp.telemetry import diag
 from swarmcpp.wire.engine import (
@@ -62,8 +63,10 @@ class Engine:
         *,
         block_tokens: int = 0,
         open_arena: OpenArena = lambda _message: None,
+        speculation: Speculation = NONE,
     ) -> None:
         self._backend = backend
+        self._speculation = speculation
         self._open_arena = open_arena
         self._link = link
         self._scheduler = scheduler
@@ -105,10 +108,12 @@ class Engine:
         # The first tokens of long prompts are a long time away.
         self._report(())
         plan = self._scheduler.plan([view for slot in self._slots if (view := slot.view())])
-        if plan.decode and self._run(plan.decode, decode=True):
-            self._commit(plan.decode)
+        for group in self._speculation.widen(plan.decode, self._running, self._scheduler.cost):
+            seconds = self._run(group, decode=True)
+            if seconds is not None:
+                self._pace(self._commit(group), seconds)
         for group in plan.prefill:
-            if self._run(group, decode=False):
+            if self._run(group, decode=False) is not None:
                 self._commit(group)
 
     @property
@@ -240,14 +245,15 @@ class Engine:
         """End a slot's request. Its KV stays, since the next request may go on from it."""
         if slot.running:
             self._announce(slot)
+            self._speculation.forget(slot.running)
             slot.free(keep=self._block_tokens > 0 and slot.salt is not None)
             self._backend.truncate(slot.index, slot.left)
 
     # -- a step --------------------------------------------------------------------------------------------------
 
-    def _run(self, chunks: Sequence[Chunk], *, decode: bool) -> bool:
-        """Compute `chunks` in one call; False when the node aborted it, with the KV as it was before."""
-        rows = [self._rows(chunk) for chunk in chunks]
+    def _run(self, chunks: Sequence[Chunk], *, decode: bool) -> float | None:
+        """Compute `chunks` in one call; its seconds, or None when the node aborted it, with the KV as it was before."""
+        rows = [Rows(chunk.slot, chunk.start, self._running(chunk.slot).rows(chunk), chunk.outputs) for chunk in chunks]
         self._calls += 1
         begun = self._clock()
         # Nobody may abort a decode call: it is short, and most of it is others' work.
@@ -257,40 +263,44 @@ class Engine:
         except DecodeAborted:
             for chunk in chunks:
                 self._backend.truncate(chunk.slot, chunk.start)
-            return False
+            return None
         finally:
             self._abort.end()
         seconds = self._clock() - begun
-        self._learn(chunks, seconds, decode=decode)
+        self._scheduler = self._scheduler.learned(chunks, seconds, decode=decode)
         event = "BatchGenerate" if decode else "chunk fused"
         rows_of = sum(chunk.count for chunk in chunks)
         diag(logger, event, batch_size=len(chunks), rows=rows_of, ms=round(1000 * seconds, 3))
-        return True
+        return seconds
 
-    def _rows(self, chunk: Chunk) -> Rows:
-        tokens = self._running(chunk.slot).tokens[chunk.start : chunk.start + chunk.count]
-        return Rows(chunk.slot, chunk.start, tokens, outputs=int(chunk.last))
-
-    def _learn(self, chunks: Sequence[Chunk], seconds: float, *, decode: bool) -> None:
-        self._scheduler = self._scheduler.learned(chunks, seconds, decode=decode)
-        if decode and seconds > 0:
-            rate = len(chunks) / seconds
+    def _pace(self, tokens: int, seconds: float) -> None:
+        if seconds > 0:
+            rate = tokens / seconds
             self._decode_tps += 0.2 * (rate - self._decode_tps) if self._decode_tps else rate
 
-    def _commit(self, chunks: Sequence[Chunk]) -> None:
-        """Advance the slots of a call, sample where logits were asked for, and report."""
+    def _commit(self, chunks: Sequence[Chunk]) -> int:
+        """Advance the slots of a call, sample where logits were asked for, and report; how many tokens came."""
         for chunk in chunks:
             self._running(chunk.slot).n_past += chunk.count
-        self._report([self._sample(self._slots[chunk.slot]) for chunk in chunks if chunk.last])
+        told = [self._sample(chunk) for chunk in chunks if chunk.last]
+        self._report(told)
+        return sum(len(each.part.tokens) for each in told)
 
-    def _sample(self, slot: Slot) -> TokenOut:
-        running, backend = self._running(slot.index), self._backend
-        token = backend.sample(running.sampler, slot.index)
-        part = running.accept((token,), backend.eog_tokens, backend.n_ctx, self._clock())
-        if running.sampled == 1:
+    def _sample(self, chunk: Chunk) -> TokenOut:
+        slot, backend = self._slots[chunk.slot], self._backend
+        running = self._running(slot.index)
+        first = not running.sampled
+        drawn = drawn_tokens(chunk.guesses, lambda output: backend.sample(running.sampler, slot.index, output))
+        part = running.accept(drawn, backend.eog_tokens, backend.n_ctx, self._clock())
+        part = self._speculation.verified(running, part)
+        # Of the guesses only those stay that were right; the token behind them has no row yet.
+        running.n_past -= chunk.outputs - len(part.tokens)
+        if first:
             self._announce(slot)
         if part.finish:
             self._release(slot)
+        elif len(part.tokens) < chunk.outputs:
+            backend.truncate(slot.index, running.n_past)
         return TokenOut(running.serial, part)
 
     def _running(self, index: int) -> Running:

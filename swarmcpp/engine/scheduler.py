@@ -5,10 +5,15 @@ Nothing here touches llama.cpp or the clock, so every decision can be tested and
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 from swarmcpp.core import MAX_ROWS, TILE_ROWS, Chunk, StepPlan
+
+ROW_SHARE = 0.1
+"""Of a decode call of one row, what each further one adds until it is measured."""
 
 _ALPHA = 0.2
 """Weight of the newest sample in the moving averages: five steps forget an old operating point."""
@@ -53,10 +58,22 @@ class CostModel:
     prefill_row_s: float = 0.0
 
     def decode_cost(self, rows: int) -> float:
-        """Estimate of a decode call of `rows` rows, from the nearest row count seen; 0 before any."""
+        """Estimate of a decode call of `rows` rows; 0 before any was seen.
+
+        Between two row counts that were seen on the line through both, below the least what that took. Above the
+        greatest each further row takes what a row of a prompt does.
+        """
         if not rows or not self.decode_s:
             return 0.0
-        return min(self.decode_s, key=lambda seen: (abs(seen[0] - rows), seen[0]))[1]
+        at = bisect_left(self.decode_s, rows, key=itemgetter(0))
+        if at == len(self.decode_s):
+            most, seconds = self.decode_s[-1]
+            return seconds + (rows - most) * (self.prefill_row_s or ROW_SHARE * seconds)
+        above, seconds = self.decode_s[at]
+        if at == 0 or above == rows:
+            return seconds
+        below, least = self.decode_s[at - 1]
+        return least + (seconds - least) * (rows - below) / (above - below)
 
     def after_decode(self, rows: int, seconds: float) -> CostModel:
         """The model after a decode call of `rows` rows took `seconds`."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Final
 
-from swarmcpp.core import TILE_ROWS, FinishReason, GenerateRequest, Token, TokenPart
+from swarmcpp.core import TILE_ROWS, Chunk, FinishReason, GenerateRequest, Token, TokenPart
 from swarmcpp.engine.prefix import Tier
 from swarmcpp.engine.scheduler import SlotView
 
@@ -56,6 +56,10 @@ class Generation:
             return None
         tile_end = len(self.request.prompt) // TILE_ROWS * TILE_ROWS
         return SlotView(place, self.serial, self.n_past, self.remaining, tile_end)
+
+    def rows(self, chunk: Chunk) -> list[int]:
+        """The tokens of a chunk of it."""
+        return [*self.tokens[chunk.start : chunk.start + chunk.count - len(chunk.guesses)], *chunk.guesses]
 
     def accept(self, tokens: Sequence[Token], eog_tokens: Collection[int], n_ctx: int, now: float) -> TokenPart:
         """Take the next tokens, up to one that ends it; what its reader is told of them."""

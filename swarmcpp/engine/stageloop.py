@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swarmcpp.core import Clock, Sampled, SamplerLike
+from swarmcpp.core import Clock, Sampled, SamplerLike, Token
 from swarmcpp.engine.backend import FloatRows, OpenArena, StageBackend, opens
+from swarmcpp.engine.speculation import drawn_tokens
 from swarmcpp.errors import DecodeFailed, QueueFull, StageLost, SwarmError, WireError
 from swarmcpp.telemetry import diag
 from swarmcpp.wire.codec import Buffer
@@ -250,6 +251,9 @@ class StageLoop:
             raise WireError(
                 f"{rows} rows in {len(parts)} parts; a pass has 1 to {self._backend.max_rows}, no part none"
             )
+        outputs = sum(part.outputs for part in parts)
+        if outputs > self._backend.max_outputs:
+            raise WireError(f"{outputs} outputs in a pass, which has at most {self._backend.max_outputs}")
         if len({part.serial for part in parts}) < len(parts):
             raise WireError("two parts of one sequence in a pass")
         found: list[StageSequence] = []
@@ -262,6 +266,8 @@ class StageLoop:
                 raise WireError(
                     f"{part.count} rows from position {part.start}, where a sequence holds {self._backend.n_ctx}"
                 )
+            if not 0 <= part.outputs <= part.count or len(part.guesses) != max(0, part.outputs - 1):
+                raise WireError(f"{part.outputs} outputs of {part.count} rows with {len(part.guesses)} guesses")
             if part.outputs and self._backend.is_tail and sequence.sampler is None:
                 raise WireError("a token is wanted of a sequence that was opened without its request")
             found.append(sequence)
@@ -285,11 +291,17 @@ class StageLoop:
             except WireError as error:
                 # What came in was sound, so this stage made it so.
                 raise DecodeFailed(f"this stage cannot send on what it computed: {error}") from error
-        asked = [sequence for part, sequence in zip(message.parts, sequences, strict=True) if part.outputs]
+        asked = [(part, each) for part, each in zip(message.parts, sequences, strict=True) if part.outputs]
         # Before anything is drawn: a pass that failed has not moved anybody's random numbers.
-        if not all(self._backend.finite(sequence.slot) for sequence in asked):
+        if not all(self._backend.finite(each.slot) for _, each in asked):
             raise DecodeFailed("logits that are not finite came out of the last stage")
-        return tuple((self._backend.sample(s.sampler, s.slot),) for s in asked if s.sampler), None
+        return tuple(self._draw(part, each) for part, each in asked), None
+
+    def _draw(self, part: RunPart, sequence: StageSequence) -> tuple[Token, ...]:
+        sampler = sequence.sampler
+        if sampler is None:
+            raise StageLost("a sequence lost its sampler; open it again")
+        return tuple(drawn_tokens(part.guesses, lambda at: self._backend.sample(sampler, sequence.slot, at)))
 
     # -- blocks --------------------------------------------------------------------------------------------------
 

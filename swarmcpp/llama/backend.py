@@ -35,6 +35,7 @@ class LlamaBackend:
         self.n_slots = context.n_seqs
         self.n_ctx = context.n_ctx
         self.max_rows = MAX_ROWS
+        self.max_outputs = context.n_outputs
         self.eog_tokens = model.vocab.eog_tokens
 
     def sampler(self, request: GenerateRequest) -> SamplerLike:

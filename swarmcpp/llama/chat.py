@@ -101,9 +101,10 @@ class ChatCodec:
         """Prompt tokens of a conversation. Raises BadRequest."""
         return self._vocab.tokenize(self.render_chat(messages, extra), add_special=True, parse_special=True)
 
-    def tokenize_text(self, text: str) -> list[int]:
-        """Prompt tokens of a raw completion; control tokens in it are read as such, as llama.cpp's server does."""
-        return self._vocab.tokenize(text, add_special=True, parse_special=True)
+    def tokenize_text(self, text: str, *, begins: bool = True) -> list[int]:
+        """Prompt tokens of a raw completion; control tokens in it are read as such, as llama.cpp's server does. Of text
+        that does not begin anything there are neither those that a prompt begins with nor control tokens."""
+        return self._vocab.tokenize(text, add_special=begins, parse_special=begins)
 
 
 def _as_dict(message: ChatMessage) -> dict[str, str]:

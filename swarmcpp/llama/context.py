@@ -29,7 +29,7 @@ _TAP_FUNCTIONS = ("ggml_get_name", "ggml_op_desc", "ggml_nbytes", "ggml_backend_
 class ContextOptions:
     """`n_ctx` is per sequence; callbacks and their data are addresses (0: none).
 
-    `all_outputs`: every row of a batch may be an output, not one of each sequence. Without a vocabulary that is cheap.
+    `outputs`: rows of a batch that may be outputs; 0: one of each sequence.
     `hidden`: the tensor whose rows `Context.decode` takes; nothing behind it is computed.
     """
 
@@ -38,7 +38,7 @@ class ContextOptions:
     n_threads: int
     abort_callback: int = 0
     abort_data: int = 0
-    all_outputs: bool = False
+    outputs: int = 0
     hidden: str = ""
 
 
@@ -70,8 +70,8 @@ class Context:
             n_seq_max=options.n_seqs,
             n_batch=MAX_ROWS,
             n_ubatch=MAX_ROWS,
-            # One row of logits per sequence: without this bound the output buffer is n_batch x n_vocab floats.
-            n_outputs_max=MAX_ROWS if options.all_outputs else options.n_seqs,
+            # Without this bound the output buffer is n_batch x n_vocab floats.
+            n_outputs_max=max(options.outputs, options.n_seqs),
             n_threads=options.n_threads,
             n_threads_batch=options.n_threads,
             kv_unified=False,
@@ -96,6 +96,7 @@ class Context:
             )
         self.pointer: Any = pointer
         self.n_seqs = options.n_seqs
+        self.n_outputs = max(options.outputs, options.n_seqs)
         self._n_vocab = model.vocab.n_vocab
         self.n_ctx: int = c.llama_n_ctx_seq(pointer)
         self._memory = c.llama_get_memory(pointer)

@@ -54,16 +54,28 @@ class Sampler:
 
     def _catch_up(self, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]) -> None:
         # Penalties look back over repeat_last_n tokens, prompt included, as llama.cpp's server counts them.
-        history = [*prompt[-params.repeat_last_n :], *generated] if params.repeat_last_n else []
-        for token in history:
+        self._looks_back = params.repeat_last_n > 0
+        for token in prompt[-params.repeat_last_n :] if self._looks_back else ():
             c.llama_sampler_accept(self._chain, token)
-        if self._draw is None or not generated:
-            return
         # A resumed request goes on with the random numbers that it would have drawn: one per token so far.
+        self.follow(generated)
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Be as if it had drawn `tokens`."""
         one = c.llama_token_data(0, 0.0, 1.0)
         candidates = c.llama_token_data_array(ctypes.pointer(one), 1, -1, True)
-        for _ in generated:
-            c.llama_sampler_apply(self._draw, ctypes.byref(candidates))
+        for token in tokens:
+            if self._looks_back:
+                c.llama_sampler_accept(self._chain, token)
+            if self._draw is not None:
+                c.llama_sampler_apply(self._draw, ctypes.byref(candidates))
+
+    def copy(self) -> Sampler:
+        """One that draws what this one would draw next, and leaves it as it is. It cannot `follow`."""
+        copied = object.__new__(Sampler)
+        copied._chain = c.llama_sampler_clone(self._chain)
+        copied._banned, copied._n_vocab = self._banned, self._n_vocab
+        return copied
 
     def sample(self, context: Context, row: int) -> int:
         """Draw and accept the token after batch row `row` of the last decode."""

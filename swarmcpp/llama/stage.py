@@ -11,7 +11,7 @@ from pathlib import Path
 import llama_cpp.llama_cpp as c
 import numpy as np
 
-from swarmcpp.core import MAX_ROWS
+from swarmcpp.core import MAX_OUTPUTS, MAX_ROWS
 from swarmcpp.errors import BadModel, BadRequest, DecodeFailed
 from swarmcpp.llama.backend import LlamaBackend
 from swarmcpp.llama.context import Batch, Context, ContextOptions, Model
@@ -87,8 +87,10 @@ class StageContext:
         """Raises NotEnoughMemory. `is_tail`: the slice has the head (Slice.is_tail)."""
         self.n_embd = int(c.llama_model_n_embd(model.pointer))
         self.is_tail = is_tail
+        # A tail cannot know how many rows of guesses its heads will send.
+        options = replace(options, outputs=MAX_OUTPUTS if is_tail else MAX_ROWS)
         if not is_tail:
-            options = replace(options, hidden=f"l_out-{c.llama_model_n_layer(model.pointer) - 1}", all_outputs=True)
+            options = replace(options, hidden=f"l_out-{c.llama_model_n_layer(model.pointer) - 1}")
         self.context = Context(model, options)
         self._batch = EmbeddingBatch(MAX_ROWS, self.n_embd)
         self._taken = np.empty((MAX_ROWS, self.n_embd), np.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import llama_cpp.llama_cpp as c
 
@@ -74,6 +74,20 @@ class Vocab:
     def adds_bos(self) -> bool:
         """Whether `tokenize(add_special=True)` begins with BOS."""
         return bool(c.llama_vocab_get_add_bos(self._vocab))
+
+
+PADDING: Final = 128
+"""Ids by which vocabularies of one family may differ: converters fill them up to round numbers."""
+
+
+def difference(one: Vocab, other: Vocab) -> str:
+    """What two vocabularies differ in, in words; empty when every token means the same in both."""
+    if abs(one.n_vocab - other.n_vocab) > PADDING:
+        return f"it has {other.n_vocab} tokens instead of {one.n_vocab}"
+    for token in range(min(one.n_vocab, other.n_vocab)):
+        if one.special_text(token) != other.special_text(token):
+            return f"token {token} is {other.special_text(token)!r} instead of {one.special_text(token)!r}"
+    return "" if one.eog_tokens == other.eog_tokens else "its answers end with other tokens"
 
 
 class VocabModel:

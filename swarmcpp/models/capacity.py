@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from swarmcpp.core import MAX_ROWS
+from swarmcpp.core import MAX_OUTPUTS, MAX_ROWS
 from swarmcpp.errors import NotEnoughMemory
 from swarmcpp.models.gguf_header import read_header
 from swarmcpp.models.inspect import ModelFile
@@ -62,7 +62,7 @@ def estimate_memory(model: ModelFile, ctx_size: int, slots: int, n_batch: int = 
     kv      = slots x padded ctx x kv_bytes_per_token
     compute = n_batch x (n_vocab + 4 n_embd + 2 n_ff) x F32   logits, residual and norms, gate and up
             + n_batch x padded ctx x F16                       attention mask
-            + slots x n_vocab x F32                            the rows of logits that are read out
+            + max(slots, MAX_OUTPUTS) x n_vocab x F32          the rows of logits that are read out
             + OVERHEAD
     The first two are alive at different moments, so their sum is above what llama.cpp's scheduler reserves
     (checked against its own figures in the tests).
@@ -70,7 +70,7 @@ def estimate_memory(model: ModelFile, ctx_size: int, slots: int, n_batch: int = 
     padded = -(-ctx_size // CTX_PADDING) * CTX_PADDING
     step = n_batch * (model.n_vocab + 4 * model.n_embd + 2 * model.n_ff) * F32_BYTES
     mask = n_batch * padded * F16_BYTES
-    logits = slots * model.n_vocab * F32_BYTES
+    logits = max(slots, MAX_OUTPUTS) * model.n_vocab * F32_BYTES
     return MemoryEstimate(
         weights=model.tensor_bytes,
         kv=slots * padded * kv_bytes_per_token(model),
@@ -166,9 +166,15 @@ def stage_memory(
 
 
 def choose_capacity(
-    model: ModelFile, free_bytes: int, ctx_size: int = 0, slots: int = 0, n_batch: int = MAX_ROWS
+    model: ModelFile,
+    free_bytes: int,
+    ctx_size: int = 0,
+    slots: int = 0,
+    n_batch: int = MAX_ROWS,
+    draft: ModelFile | None = None,
 ) -> tuple[int, int]:
-    """(ctx_size, slots) that fit into `free_bytes`; 0 means choose, any other value is kept.
+    """(ctx_size, slots) that fit into `free_bytes`; 0 means choose, any other value is kept. `draft` is a second model
+    with a context of the same size.
 
     Starts from 8 slots of min(n_ctx_train, 8192) tokens, halves the slots down to 1 and then the context down to
     512, until the estimate is at most 80% of what is free. When both values are given they may fill all of it.
@@ -176,20 +182,25 @@ def choose_capacity(
     """
     ctx, count = ctx_size or min(model.n_ctx_train, AUTO_CTX), slots or AUTO_SLOTS
     share = 100 if ctx_size and slots else AUTO_SHARE_PERCENT
-    while estimate_memory(model, ctx, count, n_batch).total * 100 > free_bytes * share:
+    while (need := _both(model, draft, ctx, count, n_batch)).total * 100 > free_bytes * share:
         if not slots and count > 1:
             count //= 2
         elif not ctx_size and ctx > MIN_CTX:
             ctx = max(ctx // 2, MIN_CTX)
         else:
-            raise _not_enough(model, free_bytes, ctx, count, n_batch, share)
+            raise _not_enough(model, free_bytes, ctx, count, need, share)
     return ctx, count
 
 
-def _not_enough(
-    model: ModelFile, free_bytes: int, ctx_size: int, slots: int, n_batch: int, share: int
-) -> NotEnoughMemory:
+def _both(model: ModelFile, draft: ModelFile | None, ctx_size: int, slots: int, n_batch: int) -> MemoryEstimate:
     need = estimate_memory(model, ctx_size, slots, n_batch)
+    more = estimate_memory(draft, ctx_size, slots, n_batch) if draft else MemoryEstimate(0, 0, 0)
+    return MemoryEstimate(need.weights + more.weights, need.kv + more.kv, need.compute + more.compute)
+
+
+def _not_enough(
+    model: ModelFile, free_bytes: int, ctx_size: int, slots: int, need: MemoryEstimate, share: int
+) -> NotEnoughMemory:
     usable = "" if share == 100 else f" ({share}% of it usable)"
     smallest = ctx_size <= MIN_CTX and slots == 1
     wanted = f"1 slot of {ctx_size} tokens needs" if slots == 1 else f"{slots} slots of {ctx_size} tokens need"

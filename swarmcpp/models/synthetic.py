@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,8 @@ Q4_STD = 4.64
 OUTPUT_NORM = 4.0
 """Weights of the final norm: logits get this standard deviation, so that sampling has something to choose."""
 BIAS_STD = 0.1
+QUIET = 0.01
+"""Of the usual weights, in layers that shall change next to nothing."""
 EXPERTS_USED = 2
 
 
@@ -63,6 +65,9 @@ class Shape:
     head_dim: int = 0
     n_expert: int = 0
     """Experts of each layer, EXPERTS_USED of them for a token; 0 for a dense model."""
+    counts: bool = False
+    """After each token it says the one with the next id, at the speed of any model of its shape: its layers say next to
+    nothing, and its head has the rows of the embedding, each one further. Not with `tied`."""
 
     @property
     def n_rot(self) -> int:
@@ -85,6 +90,8 @@ class _Tensor:
     shape: tuple[int, ...]
     mean: float = 0.0
     std: float = 0.0
+    rolled: str = ""
+    """The tensor whose rows it has, each one further."""
 
     @property
     def is_matrix(self) -> bool:
@@ -136,6 +143,8 @@ def _check(path: Path, shape: Shape) -> None:
     for key, width in widths.items():
         if width <= 0 or width % BLOCK:
             raise BadModel(f"{path}: {key} = {width} of shape {shape.name!r} must be a multiple of {BLOCK}")
+    if shape.counts and shape.tied:
+        raise BadModel(f"{path}: a model that counts has a head of its own; let {shape.name!r} not be tied")
     if shape.n_head_kv <= 0 or shape.n_head % shape.n_head_kv:
         raise BadModel(f"{path}: n_head_kv = {shape.n_head_kv} of {shape.name!r} must divide n_head = {shape.n_head}")
 
@@ -170,7 +179,9 @@ def _tensors(shape: Shape) -> Iterator[_Tensor]:
     embd = shape.n_embd
     yield _Tensor("token_embd.weight", (shape.n_vocab, embd), std=1 / math.sqrt(embd))
     yield _Tensor("output_norm.weight", (embd,), mean=OUTPUT_NORM, std=0.05 * OUTPUT_NORM)
-    if not shape.tied:
+    if shape.counts:
+        yield _Tensor("output.weight", (shape.n_vocab, embd), std=1 / math.sqrt(embd), rolled="token_embd.weight")
+    elif not shape.tied:
         yield _Tensor("output.weight", (shape.n_vocab, embd), std=1 / math.sqrt(embd))
     for layer in range(shape.n_layers):
         yield from _layer(f"blk.{layer}.", shape)
@@ -195,7 +206,8 @@ def _layer(prefix: str, shape: Shape) -> Iterator[_Tensor]:
     for name, width in norms.items():
         yield _Tensor(f"{prefix}{name}.weight", (width,), mean=1.0, std=0.05)
     for name, sizes in matrices.items():
-        yield _Tensor(f"{prefix}{name}.weight", sizes, std=1 / math.sqrt(sizes[-1]))
+        quiet = QUIET if shape.counts and name in ("attn_output", "ffn_down") else 1.0
+        yield _Tensor(f"{prefix}{name}.weight", sizes, std=quiet / math.sqrt(sizes[-1]))
         if shape.architecture == "qwen2" and name in ("attn_q", "attn_k", "attn_v"):
             yield _Tensor(f"{prefix}{name}.bias", sizes[:1], std=BIAS_STD)
 
@@ -215,6 +227,9 @@ def _describe(writer: gguf.GGUFWriter, tensor: _Tensor, quant: Quant) -> None:
 
 def _data(tensor: _Tensor, quant: Quant, seed: int) -> npt.NDArray[Any]:
     """The tensor's bytes or floats. Each tensor has its own generator, so none depends on those before it."""
+    if tensor.rolled:
+        same = _data(replace(tensor, name=tensor.rolled, rolled=""), quant, seed)
+        return np.roll(same.reshape(tensor.shape[0], -1), 1, axis=0)
     rng = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
     if tensor.is_matrix and quant == "Q8_0":
         return _q8_0(tensor, rng)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from swarmcpp.config import Config
+from swarmcpp.engine.drafting import lookups
 from swarmcpp.kv.keys import block_keys
 from swarmcpp.llama.stage import EmbeddingTable
 from swarmcpp.node.hosted import Hosted
@@ -57,6 +58,8 @@ def make_head(
         prefill_budget_s=inference.prefill_budget_ms / 1000,
         persistent=inference.persistent_pipeline_stream,
         copy_every=identity.block_tokens if inference.prefix_cache_enabled and inference.replicate_kv != "off" else 0,
+        drafters=lookups(ngram=inference.ngram_lookup_enabled) if inference.speculative_gamma else (),
+        gamma=inference.speculative_gamma,
     )
     facts = ModelFacts(fingerprint, n_layers, model.file.n_vocab, model.ctx_size, eog_tokens)
     return Conductor(facts, policy, around, time.monotonic)

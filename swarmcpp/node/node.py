@@ -104,10 +104,10 @@ class Node:
         codec = await self._codec_of(model)
         return tuple(await asyncio.to_thread(codec.tokenize_chat, messages, extra))
 
-    async def tokenize_text(self, model: str, text: str) -> tuple[int, ...]:
+    async def tokenize_text(self, model: str, text: str, *, begins: bool = True) -> tuple[int, ...]:
         """See `core.Service`."""
         codec = await self._codec_of(model)
-        return tuple(await asyncio.to_thread(codec.tokenize_text, text))
+        return tuple(await asyncio.to_thread(codec.tokenize_text, text, begins=begins))
 
     async def _codec_of(self, model: str) -> ChatCodec:
         hosted = self._find(model)
@@ -164,7 +164,7 @@ class _Answer:
         self._clock = clock
         self._first: TokenPart | None = None
         self._first_s = 0.0
-        self._count = 0
+        self._count = self._drafted = self._accepted = 0
         self.ended = False
 
     def events(self, route: str, part: TokenPart) -> Iterator[Event]:
@@ -172,13 +172,16 @@ class _Answer:
         if self._first is None:
             self._first, self._first_s = part, self._clock()
             yield Started(route, part.queue_s, part.fetch_s, part.prefill_s)
+        self._drafted += part.drafted
+        self._accepted += part.accepted
         pieces, reason = self._pieces(part)
         yield TextEvent("".join(pieces), part.tokens)
         if reason:
             self.ended = True
             first = self._first
             timings = Timings(queue_s=first.queue_s, prefill_s=first.prefill_s, decode_s=self._clock() - self._first_s)
-            usage = Usage(self._prompt_tokens, self._count, first.cached_tokens, first.tier)
+            guesses = (self._drafted, self._accepted)
+            usage = Usage(self._prompt_tokens, self._count, first.cached_tokens, first.tier, *guesses)
             yield Done(reason, usage, timings)
 
     def _pieces(self, part: TokenPart) -> tuple[list[str], FinishReason | None]:

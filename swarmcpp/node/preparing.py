@@ -6,6 +6,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from swarmcpp.config import Config
 from swarmcpp.core import KvLayout, ModelInfo
 from swarmcpp.errors import BadModel, NotEnoughMemory
@@ -16,6 +18,8 @@ from swarmcpp.kv.keys import KvIdentity
 from swarmcpp.llama.backend import GGML_TYPE_F16
 from swarmcpp.llama.probe import probe
 from swarmcpp.models.capacity import choose_capacity
+from swarmcpp.models.catalogue import load_catalogue
+from swarmcpp.models.download import resolve_model
 from swarmcpp.models.inspect import ModelFile, inspect
 from swarmcpp.peers import ModelOffer
 from swarmcpp.wire.engine import EngineOptions
@@ -58,9 +62,26 @@ def prepare(config: Config, path: Path, name: str | None = None) -> Prepared:
     model = inspect(path)
     if not model.has_tokenizer:
         raise BadModel(f"{path}: has no tokenizer, so it cannot read text; get a GGUF of the whole model")
-    ctx_size, slots = choose_capacity(model, usable_memory(config), config.engine.ctx_size, config.engine.slots)
+    draft, engine = draft_model(config), config.engine
+    ctx_size, slots = choose_capacity(model, usable_memory(config), engine.ctx_size, engine.slots, draft=draft)
     options = engine_options(config, path, ctx_size, slots)
+    if draft:
+        options = msgspec.structs.replace(options, draft_path=str(draft.path.resolve()))
     return Prepared(model, model_info(name or path.stem, model, model.size_bytes), options)
+
+
+def draft_model(config: Config) -> ModelFile | None:
+    """The model that guesses ahead, if one is to; its vocabulary is compared when both are loaded. Raises BadModel."""
+    wanted = config.inference.draft_model_path
+    if not wanted or not config.inference.speculative_gamma:
+        return None
+    storage = config.storage
+    found = resolve_model(wanted, storage.models_dir, load_catalogue(storage.data_dir / "models.toml"))
+    if not isinstance(found, Path):
+        raise BadModel(
+            f"draft_model_path = {wanted!r} is not on this machine yet; get it with `swarmcpp pull {wanted}`"
+        )
+    return inspect(found)
 
 
 def engine_options(config: Config, path: Path, ctx_size: int, slots: int, *, stage: bool = False) -> EngineOptions:
@@ -78,6 +99,9 @@ def engine_options(config: Config, path: Path, ctx_size: int, slots: int, *, sta
         continuous_batching=inference.continuous_batching,
         batched_prefill_forward=inference.batched_prefill_forward,
         prefix_block_tokens=inference.prefix_cache_block_tokens if inference.prefix_cache_enabled else 0,
+        guess=inference.speculative_gamma > 0 and not stage,
+        ngram=inference.ngram_lookup_enabled,
+        gamma=inference.speculative_gamma,
         diag=logger.isEnabledFor(logging.DEBUG),
         stage=stage,
         poll_s=inference.stage_poll_ms / 1000 if stage else 0.0,

@@ -80,7 +80,13 @@ async def _read(stream: AsyncGenerator[TokenPart, None], parts: list[TokenPart],
 
 def _joined(parts: Sequence[TokenPart]) -> TokenPart:
     tokens = tuple(token for part in parts for token in part.tokens)
-    return msgspec.structs.replace(parts[0], tokens=tokens, finish=parts[-1].finish)
+    return msgspec.structs.replace(
+        parts[0],
+        tokens=tokens,
+        finish=parts[-1].finish,
+        drafted=sum(part.drafted for part in parts),
+        accepted=sum(part.accepted for part in parts),
+    )
 
 
 # -- the node that asks ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from swarmcpp.core import GenerateRequest, Limits
+from swarmcpp.core import MAX_OUTPUTS, GenerateRequest, Limits
 from swarmcpp.errors import StageFailed, SwarmError, WireError, by_code
 from swarmcpp.pipeline.contract import Pass, Passed, SequenceHolder, StageRef, StageTime
 from swarmcpp.route.patience import MOST_S
@@ -127,7 +127,8 @@ def checked_pass(message: RunStage, payload: Sequence[memoryview], ref: StageRef
         _check_epoch(part.epoch)
         _check_within("start", part.start, 0, most)
         _check_within("count", part.count, 1, min(MAX_PARTS, most - part.start))
-        _check_within("outputs", part.outputs, 0, 1)
+        _check_within("outputs", part.outputs, 0, min(part.count, MAX_OUTPUTS))
+        _check_within("the number of guesses", len(part.guesses), *[max(0, part.outputs - 1)] * 2)
         n_rows += part.count
     _check_within("the number of rows of a pass", n_rows, 1, MAX_PARTS)
     if len({part.sequence for part in message.parts}) != len(message.parts):
@@ -192,7 +193,8 @@ def passed(reply: Reply, ref: StageRef, work: Pass) -> Passed:
         )
     wanted, stages = [part.outputs for part in work.parts if part.outputs], 1 + len(work.onward)
     told = [len(each) for each in reply.tokens]
-    if told != wanted or not all(0 <= token.id <= MAX_ID for each in reply.tokens for token in each):
+    fits = len(told) == len(wanted) and all(1 <= got <= most for got, most in zip(told, wanted, strict=True))
+    if not fits or not all(0 <= token.id <= MAX_ID for each in reply.tokens for token in each):
         raise _bad_answer(ref, f"tokens of {len(told)} parts, or some that are none, instead of {len(wanted)}")
     if len(reply.times) != stages or not all(math.isfinite(s) and s >= 0 for times in reply.times for s in times):
         raise _bad_answer(ref, f"{len(reply.times)} times of stages, or bad ones, instead of {stages}")

@@ -11,9 +11,10 @@ from functools import partial
 from itertools import count
 from typing import Protocol
 
-from swarmcpp.core import Chunk, Clock, Token
-from swarmcpp.engine.scheduler import Policy, Scheduler, SlotView
+from swarmcpp.core import MAX_OUTPUTS, Chunk, Clock, Token
+from swarmcpp.engine.scheduler import CostModel, Policy, Scheduler, SlotView
 from swarmcpp.engine.sequence import gap
+from swarmcpp.engine.speculation import Speculation
 from swarmcpp.errors import PeerTimeout, StageFailed, StageLost
 from swarmcpp.llama.rows import encode_rows
 from swarmcpp.pipeline.contract import Pass, Passed, StageRef
@@ -109,6 +110,11 @@ class Lane:
         # A decode row waits behind every chunk that is on its way to the slowest stage.
         budget_s = policy.prefill_budget_s / self._window
         self._scheduler = Scheduler(Policy(policy.prefill_chunk_tokens, budget_s))
+        self._round = CostModel()
+        """Of decode passes from the head round to the head."""
+        self._speculation = Speculation(
+            [make() for make in policy.drafters], gamma=policy.gamma, max_rows=MAX_OUTPUTS, n_ctx=facts.ctx_size
+        )
         self._planned: deque[tuple[Chunk, ...]] = deque()
         self._untold: list[Run] = []
         """Runs with tokens that their readers do not have yet."""
@@ -144,6 +150,7 @@ class Lane:
 
     def leave(self, run: Run) -> None:
         """Forget a run; passes with rows of it go on, and what they bring is not for it."""
+        self._speculation.forget(run)
         if self.runs.get(run.place) is run:
             del self.runs[run.place]
             self._planned = deque(
@@ -161,7 +168,7 @@ class Lane:
             self._pump_one(due)
             return
         for group in due:
-            self._send(group, decode=True)
+            self._send_decode(group)
         while self._may_prefill() and (chunks := self._next_chunks()):
             self._send(chunks, decode=False)
 
@@ -182,7 +189,7 @@ class Lane:
         if chunks:
             self._send(chunks, decode=False)
         elif due:
-            self._send(due[0], decode=True)
+            self._send_decode(due[0])
         self._prompts_turn = not chunks
 
     # -- what to send ----------------------------------------------------------------------------------------------
@@ -243,6 +250,21 @@ class Lane:
 
     # -- a pass ----------------------------------------------------------------------------------------------------
 
+    def _send_decode(self, chunks: Sequence[Chunk]) -> None:
+        """Send a micro-batch, with as many guesses as pay."""
+        for group in self._speculation.widen(chunks, self.runs.__getitem__, self._round_cost()):
+            self._send(group, decode=True)
+
+    def _round_cost(self) -> CostModel:
+        """Seconds between two tokens of a stream by the rows of a pass: those of the whole round; where micro-batches
+        follow one another, those in which the slowest stage makes room for the next."""
+        rounds = len(self.groups)
+        if rounds <= 1:
+            return self._round
+        slowest = dict(self._scheduler.cost.decode_s)
+        times = ((rows, max(seconds / rounds, slowest.get(rows, 0.0))) for rows, seconds in self._round.decode_s)
+        return replace(self._round, decode_s=tuple(times))
+
     def _send(self, chunks: Sequence[Chunk], *, decode: bool) -> None:
         parts = tuple((self.runs[chunk.slot], self.runs[chunk.slot].epoch, chunk) for chunk in chunks)
         rows = sum(chunk.count for chunk in chunks)
@@ -276,9 +298,9 @@ class Lane:
         self._ended(flight, self._failed(self.chain[0], PeerTimeout.code, what))
 
     def _pass(self, parts: Sequence[tuple[Run, int, Chunk]], limit: float) -> Pass:
-        tokens = [run.tokens[chunk.start + i] for run, _, chunk in parts for i in range(chunk.count)]
+        tokens = [token for run, _, chunk in parts for token in run.rows(chunk)]
         wanted = tuple(
-            PassPart(run.sequence, epoch, chunk.start, chunk.count, int(chunk.last), chunk.slot)
+            PassPart(run.sequence, epoch, chunk.start, chunk.count, chunk.outputs, chunk.slot, chunk.guesses)
             for run, epoch, chunk in parts
         )
         first, onward = self._encodings
@@ -395,6 +417,8 @@ class Lane:
         wall_s = now - max(flight.begun, self._last_landed[flight.decode])
         self._last_landed[flight.decode] = now
         self._scheduler = self._scheduler.learned([part[2] for part in flight.parts], seconds, decode=flight.decode)
+        if flight.decode:
+            self._round = self._round.after_decode(flight.rows, took)
         self._watch.measured(flight.rows, seconds, wall_s, decode=flight.decode)
         diag(logger, "pipeline pass", rows=flight.rows, parts=len(flight.parts), ms=round(1000 * took, 3))
 
@@ -405,18 +429,23 @@ class Lane:
                 chunk = flight.parts[index][2]
                 self._grow(run, chunk.start, chunk.start + chunk.count)
                 continue
-            first = not run.decoding
+            first, chunk = not run.decoding, flight.parts[index][2]
+            before = len(run.tokens)
             part = run.accept(tokens[index], self._facts.eog_tokens, self._facts.ctx_size, now)
+            part = self._speculation.verified(run, part)
+            # Of the guesses only those stay that were right; the next pass has stages forget the others.
+            run.n_past -= chunk.outputs - len(part.tokens)
             run.untold.append(part)
             self._untold.append(run)
             if part.finish:
+                self._speculation.forget(run)
                 del self.runs[run.place]
                 run.place = -1
                 self._watch.ended(run)
             elif first:
                 self._watch.answered(run)
             else:
-                self._grow(run, len(run.tokens) - 2, len(run.tokens) - 1)
+                self._grow(run, before - 1, len(run.tokens) - 1)
 
     def _grow(self, run: Run, before: int, after: int) -> None:
         every = self._copy_every if self._encodings == ("f32", "f32") else 0
@@ -435,6 +464,7 @@ class Lane:
             self.broken = True
             self._watch.lost(self)
         for run in list(self.runs.values()):
+            self._speculation.forget(run)
             run.tell(Broken(error, run in own))
             run.place = -1
         self.runs.clear()

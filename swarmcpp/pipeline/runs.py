@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from swarmcpp.core import TokenPart
+from swarmcpp.engine.drafting import Drafter
 from swarmcpp.engine.sequence import Generation
 from swarmcpp.errors import StageFailed
 from swarmcpp.llama.rows import FloatRows
@@ -43,6 +44,9 @@ class PipelinePolicy:
     prefill_budget_s: float = 0.7
     persistent: bool = True
     copy_every: int = 0
+    drafters: tuple[Callable[[], Drafter], ...] = ()
+    """Who guesses ahead what passes verify; each lane has its own."""
+    gamma: int = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,13 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """Tokens of a block; 0 turns every reuse of prefixes off."""
     diag: bool = False
     """Say what every step does, on standard error."""
+    guess: bool = False
+    """Verify guesses at what follows: clients' predictions, and with `ngram` what followed the same tokens before."""
+    ngram: bool = False
+    gamma: int = 4
+    """Most guesses of a drafter that computes."""
+    draft_path: str = ""
+    """A model that guesses ahead; empty: none."""
     stage: bool = False
     """The file is a slice: the engine computes the Runs that its node sends, and samples if it has the last layer."""
     poll_s: float = 0.0
@@ -99,14 +106,15 @@ class Place(msgspec.Struct, frozen=True, tag="place"):
 
 
 class RunPart(msgspec.Struct, frozen=True, array_like=True):
-    """Rows of one sequence: `count` from position `start`, to which its KV is cut back. `outputs`, `place`: see
-    `PassPart`."""
+    """Rows of one sequence: `count` from position `start`, to which its KV is cut back. `outputs`, `place`, `guesses`:
+    see `PassPart`."""
 
     serial: int
     start: int
     count: int
     outputs: int
     place: int = -1
+    guesses: tuple[int, ...] = ()
 
 
 class Run(msgspec.Struct, frozen=True, tag="run"):

@@ -12,12 +12,12 @@ from typing import Annotated, Final, Protocol
 import msgspec
 from msgspec import Meta
 
-from swarmcpp.core import MAX_ROWS, GenerateRequest, Sampled, TokenPart
+from swarmcpp.core import MAX_OUTPUTS, MAX_ROWS, GenerateRequest, Sampled, TokenPart
 from swarmcpp.errors import SwarmError
 from swarmcpp.peers import Address, Capability, Load
 from swarmcpp.wire.codec import Codec, RowEncoding
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 """First byte of every frame. A Hello also tells the range that a node speaks, which old and new nodes agree on."""
 
 MAX_MESSAGE: Final = 4 << 20
@@ -140,10 +140,11 @@ class ResumeSequence(_OfSequence, frozen=True, tag="resume-sequence"):
 class PassPart(msgspec.Struct, frozen=True, array_like=True):
     """Rows of one sequence in a pass: `count` from position `start`; what a stage has from there on it forgets first.
 
-    `outputs`: the tail samples after the last so many of them; 0 or 1 as yet. `epoch`: that of the sequence's last
-    `open`; rows of an earlier one are refused. `place`: the number that the sequence should have among those of the
-    stage, -1 for any. Those of one pass should be neighbours, as llama.cpp reads all weights once for each run of
-    neighbours; a stage moves KV for it, unless the place belongs to another.
+    `outputs`: the tail samples after the last so many of them, whose rows but the first are of `guesses`: up to the
+    first token that is none of these. `epoch`: that of the sequence's last `open`; rows of an earlier one are refused.
+    `place`: the number that the sequence should have among those of the stage, -1 for any. Those of one pass should be
+    neighbours, as llama.cpp reads all weights once for each run of neighbours; a stage moves KV for it, unless the
+    place belongs to another.
     """
 
     sequence: BlockId
@@ -152,6 +153,7 @@ class PassPart(msgspec.Struct, frozen=True, array_like=True):
     count: int
     outputs: int
     place: int = -1
+    guesses: Annotated[tuple[int, ...], Meta(max_length=MAX_OUTPUTS)] = ()
 
 
 class RunStage(_OfStage, frozen=True, tag="run-stage"):

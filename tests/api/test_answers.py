@@ -73,6 +73,7 @@ async def test_chat_completion(serve: Serve, http: aiohttp.ClientSession) -> Non
         "completion_tokens": 17,
         "total_tokens": prompt_tokens + 17,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
     }
     timings = body["timings"]
     assert (timings["prompt_n"], timings["prompt_ms"], timings["prompt_per_second"]) == (12, 500.0, 24.0)

@@ -184,12 +184,18 @@ def test_cost_is_learned_from_calls() -> None:
     scheduler = Scheduler(Policy()).learned(one, 0.05, decode=True).learned(one * 8, 0.11, decode=True)
     cost = scheduler.cost
     assert CostModel().decode_cost(1) == 0.0
-    assert (cost.decode_cost(1), cost.decode_cost(2), cost.decode_cost(8)) == (0.05, 0.05, 0.11)
+    assert (cost.decode_cost(1), cost.decode_cost(2), cost.decode_cost(8)) == (
+        0.05,
+        pytest.approx(0.05 + 0.06 / 7),
+        0.11,
+    )
+    assert cost.decode_cost(10) == pytest.approx(0.11 * 1.2)
     prompt = (Chunk(0, 0, 100, last=False),)
     scheduler = scheduler.learned(prompt, 0.5, decode=False)
     assert scheduler.cost.prefill_row_s == pytest.approx(0.005)
     assert scheduler.learned(prompt, 1.0, decode=False).cost.prefill_row_s == pytest.approx(0.006)
     assert scheduler.cost.rows_within(0.3, 1) == 50
+    assert scheduler.cost.decode_cost(10) == pytest.approx(0.12)
 
 
 def test_a_handful_of_prompt_rows_teaches_nothing() -> None:

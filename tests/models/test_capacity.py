@@ -188,7 +188,7 @@ def test_refusal_says_needed_free_and_remedy() -> None:
     with pytest.raises(NotEnoughMemory) as caught:
         choose_capacity(MODEL, 200_000_000)
     assert str(caught.value) == (
-        "model.gguf: 1 slot of 512 tokens needs 972 MB (weights 525 MB, KV cache 7 MB, buffers 441 MB), free is "
+        "model.gguf: 1 slot of 512 tokens needs 1.00 GB (weights 525 MB, KV cache 7 MB, buffers 469 MB), free is "
         "200 MB (80% of it usable); free memory, or take a smaller model or quantisation"
     )
     with pytest.raises(NotEnoughMemory, match="choose a smaller --ctx-size or fewer --slots"):

@@ -1,0 +1,282 @@
+"""Speculative decoding: how many guesses of which drafter one pass verifies, from what passes cost and what came of
+earlier guesses. Pure but for the drafters.
+
+A pass over 1 + gamma rows of a sequence yields a token for each guess that was right and one more, which its sampler
+draws position by position as it would have without guesses (Leviathan et al. 2023, "Fast inference from transformers
+via speculative decoding", with a target that decides alone: what comes out is what plain decoding gives).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import mul
+from typing import Final
+
+import msgspec
+
+from swarmcpp.core import Chunk, Token, TokenPart
+from swarmcpp.engine.drafting import NOTHING, Draft, Drafter, DrafterName
+from swarmcpp.engine.scheduler import CostModel
+from swarmcpp.engine.sequence import Generation
+
+PRIOR: Final = 0.6
+"""Acceptance of a drafter of which nothing is known."""
+
+PRIOR_WEIGHT: Final = 2.0
+"""Passes that the prior counts as."""
+
+MEMORY: Final = 0.9
+"""What a pass counts after the next one: ten passes forget another kind of text."""
+
+MEMORY_OF_ALL: Final = 0.99
+"""The same for what all requests have in common."""
+
+LADDER: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Numbers of guesses that are weighed."""
+
+WORTH: Final = 1.02
+"""What speculation must win by on paper: its measures are moving averages of few passes."""
+
+TRIAL_SHARE: Final = 0.01
+"""Of the time may go into guesses that do not seem to pay, to learn whether they do by now."""
+
+MOST_SAVED: Final = 5.0
+"""Passes that trials may take at once: what was saved up while there was nothing to try is not all spent."""
+
+
+class Acceptance:
+    """How often the guess at each position was right when all before it were: moving averages over passes."""
+
+    def __init__(self, prior: Acceptance | None = None, memory: float = MEMORY) -> None:
+        self._prior = prior
+        self._memory = memory
+        self._right: list[float] = []
+        self._tried: list[float] = []
+
+    def rates(self, gamma: int) -> list[float]:
+        """For each of `gamma` positions. What was not tried yet is like the position before."""
+        rate = self._prior.rates(1)[0] if self._prior else PRIOR
+        rates: list[float] = []
+        for position in range(gamma):
+            if position < len(self._tried):
+                weight = PRIOR_WEIGHT + self._tried[position]
+                rate = (self._right[position] + PRIOR_WEIGHT * rate) / weight
+            rates.append(rate)
+        return rates
+
+    def note(self, gamma: int, accepted: int) -> None:
+        """Of `gamma` guesses the first `accepted` were right; of those behind the first wrong one nothing is known."""
+        tried = min(gamma, accepted + 1)
+        missing = tried - len(self._tried)
+        self._right += [0.0] * missing
+        self._tried += [0.0] * missing
+        for position in range(tried):
+            self._right[position] = self._memory * self._right[position] + (position < accepted)
+            self._tried[position] = self._memory * self._tried[position] + 1
+        if self._prior:
+            self._prior.note(gamma, accepted)
+
+
+def expected(rates: Sequence[float]) -> list[float]:
+    """Tokens that guesses are expected to bring beside the one that comes anyway, for each number of guesses from 1."""
+    return list(accumulate(accumulate(rates, mul)))
+
+
+@dataclass(slots=True, eq=False)
+class _Candidate:
+    """What could be guessed for one chunk: the best draft of those that cost nothing."""
+
+    chunk: Chunk
+    generation: Generation
+    most: int
+    draft: Draft = NOTHING
+    drafter: Drafter | None = None
+    brings: Sequence[float] = ()
+    """See `expected`."""
+
+    def gain(self, gamma: int) -> float:
+        """Expected tokens of `gamma` rows beside its first one."""
+        return self.brings[min(gamma, len(self.brings)) - 1] if self.brings and gamma else 0.0
+
+    def widened(self, gamma: int) -> Chunk:
+        """Its chunk with `gamma` guesses. llama.cpp computes sequences together that have equally many rows, so a short
+        draft is filled up; a guess like any other, if not a good one."""
+        guesses = self.draft.tokens[:gamma]
+        last = guesses[-1] if guesses else self.generation.tokens[-1]
+        guesses += (last,) * (gamma - len(guesses))
+        return replace(self.chunk, count=1 + gamma, guesses=guesses)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Plan:
+    """Verify `gamma` guesses of each of `wide`; those of `asked` are to be had from `drafter` first."""
+
+    wide: Sequence[_Candidate]
+    gamma: int
+    tokens: float
+    """That are expected of it, with those of the chunks that are not widened."""
+    seconds: float
+    drafter: Drafter | None = None
+    asked: Sequence[_Candidate] = ()
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+def drawn_tokens(guesses: Sequence[int], draw: Callable[[int], Token]) -> list[Token]:
+    """What a sampler draws after each output of a chunk (counted from 0), up to the first that no guess foresaw."""
+    tokens = [draw(0)]
+    for output, guess in enumerate(guesses, 1):
+        if tokens[-1].id != guess:
+            break
+        tokens.append(draw(output))
+    return tokens
+
+
+_Key = tuple[DrafterName, int]
+
+
+class Speculation:
+    """Widens decode chunks by guesses and learns from what became of them. Used by one thread.
+
+    `gamma` is the most that drafters guess which compute something. `max_rows` bounds the rows of a call that has
+    guesses, `n_ctx` the positions of a sequence.
+    """
+
+    def __init__(self, drafters: Sequence[Drafter], *, gamma: int, max_rows: int, n_ctx: int) -> None:
+        self._drafters = tuple(drafters)
+        self._gamma = gamma
+        self._max_rows = max_rows
+        self._n_ctx = n_ctx
+        self._of_all: dict[_Key, Acceptance] = {}
+        self._of_one: dict[int, dict[_Key, Acceptance]] = {}
+        self._used: dict[int, tuple[_Key, int]] = {}
+        """For each generation whose guesses are being verified: whose they are, and how many."""
+        self._trial_s = 0.0
+
+    def widen(
+        self, chunks: Sequence[Chunk], generations: Callable[[int], Generation], cost: CostModel
+    ) -> tuple[tuple[Chunk, ...], ...]:
+        """Decode chunks in groups of equally many rows, each for one call; those that have guesses come last."""
+        base_s = cost.decode_cost(len(chunks))
+        # Without any measure yet nothing can be weighed.
+        candidates = self._candidates(chunks, generations) if self._drafters and base_s > 0 else []
+        plan = self._chosen(candidates, len(chunks), base_s, cost) if candidates else None
+        wide = self._drafted(plan) if plan else {}
+        rest = tuple(chunk for chunk in chunks if chunk.slot not in wide)
+        guessed = tuple(wide[chunk.slot] for chunk in chunks if chunk.slot in wide)
+        return tuple(group for group in (rest, guessed) if group)
+
+    def _drafted(self, plan: _Plan) -> dict[int, Chunk]:
+        """The chunks of a plan with their guesses, by slot."""
+        gamma = plan.gamma
+        if plan.drafter:
+            drafts = plan.drafter.draft([(each.generation, gamma) for each in plan.asked])
+            for each, draft in zip(plan.asked, drafts, strict=True):
+                each.draft, each.drafter = draft, plan.drafter
+            gamma = min(gamma, max(len(each.draft.tokens) for each in plan.wide))
+        for each in plan.wide:
+            if each.drafter and each.draft.tokens:
+                key = (each.drafter.name, each.draft.trust)
+                self._used[each.generation.serial] = key, min(gamma, len(each.draft.tokens))
+        return {each.chunk.slot: each.widened(gamma) for each in plan.wide} if gamma else {}
+
+    def _chosen(self, candidates: Sequence[_Candidate], n_chunks: int, base_s: float, cost: CostModel) -> _Plan | None:
+        """The plan with the most tokens per second; None when the chunks as they are have that."""
+        plans = [*self._lookups(candidates, n_chunks, cost), *self._drafts(candidates, n_chunks, cost)]
+        best = max(plans, key=lambda each: each.rate, default=None)
+        self._trial_s = min(self._trial_s + TRIAL_SHARE * base_s, MOST_SAVED * base_s)
+        if best is None or best.rate > WORTH * n_chunks / base_s:
+            return best
+        costs = best.seconds - base_s
+        if costs > self._trial_s:
+            return None
+        self._trial_s -= max(0.0, costs)
+        return best
+
+    def _lookups(self, candidates: Sequence[_Candidate], n_chunks: int, cost: CostModel) -> Iterator[_Plan]:
+        """The best drafts alone, as many as there are."""
+        found = sorted((each for each in candidates if each.brings), key=lambda each: -each.brings[-1])
+        for count in range(1, len(found) + 1):
+            wide = found[:count]
+            room = min(self._room(wide), max(len(each.brings) for each in wide))
+            rest_s = cost.decode_cost(n_chunks - count)
+            for gamma in (*(each for each in LADDER if each < room), room):
+                if gamma > 0:
+                    tokens = n_chunks + sum(each.gain(gamma) for each in wide)
+                    yield _Plan(wide, gamma, tokens, rest_s + cost.decode_cost(count * (1 + gamma)))
+
+    def _drafts(self, candidates: Sequence[_Candidate], n_chunks: int, cost: CostModel) -> Iterator[_Plan]:
+        """Drafts of those that compute, for all that have no better ones."""
+        for drafter in self._drafters:
+            wide = [each for each in candidates if not drafter.free and self._may(drafter, each)]
+            if not wide:
+                continue
+            room = min(self._room(wide), self._gamma)
+            known = [expected(self._acceptance(each.generation, (drafter.name, 0)).rates(room)) for each in wide]
+            rest_s = cost.decode_cost(n_chunks - len(wide))
+            for gamma in range(1, room + 1):
+                gains = [(brings[gamma - 1], each.gain(gamma)) for each, brings in zip(wide, known, strict=True)]
+                asked = [each for each, (own, free) in zip(wide, gains, strict=True) if own > free]
+                if asked:
+                    seconds = rest_s + cost.decode_cost(len(wide) * (1 + gamma)) + drafter.seconds(len(asked), gamma)
+                    yield _Plan(wide, gamma, n_chunks + sum(map(max, gains)), seconds, drafter, asked)
+
+    def _room(self, wide: Sequence[_Candidate]) -> int:
+        """Guesses that each of these may have at most."""
+        return min(self._max_rows // len(wide) - 1, *(each.most for each in wide))
+
+    @staticmethod
+    def _may(drafter: Drafter, candidate: _Candidate) -> bool:
+        return candidate.most > 0 and candidate.generation.request.drafter in ("", drafter.name)
+
+    def _candidates(self, chunks: Sequence[Chunk], generations: Callable[[int], Generation]) -> list[_Candidate]:
+        found = []
+        for chunk in chunks:
+            generation = generations(chunk.slot)
+            # The last token that may come needs no guess, and no row behind the end of the sequence has a place.
+            most = min(generation.to_come - 1, self._n_ctx - chunk.start - 1, LADDER[-1])
+            asked = generation.request.gamma
+            found.append(_Candidate(chunk, generation, most if asked < 0 else min(most, asked)))
+        for drafter in self._drafters:
+            wanted = [each for each in found if drafter.free and self._may(drafter, each)]
+            drafts = drafter.draft([(each.generation, each.most) for each in wanted]) if wanted else []
+            for each, draft in zip(wanted, drafts, strict=True):
+                if not draft.tokens:
+                    continue
+                key = (drafter.name, draft.trust)
+                brings = expected(self._acceptance(each.generation, key).rates(len(draft.tokens)))
+                if not each.brings or brings[-1] > each.brings[-1]:
+                    each.draft, each.drafter, each.brings = draft, drafter, brings
+        return found
+
+    def _acceptance(self, generation: Generation, key: _Key) -> Acceptance:
+        own = self._of_one.setdefault(generation.serial, {})
+        if key not in own:
+            own[key] = Acceptance(self._of_all.setdefault(key, Acceptance(memory=MEMORY_OF_ALL)))
+        return own[key]
+
+    def verified(self, generation: Generation, part: TokenPart) -> TokenPart:
+        """Learn from the tokens that came of the generation's last chunk; they, with the counts of its guesses."""
+        used = self._used.pop(generation.serial, None)
+        if used is None:
+            return part
+        key, guesses = used
+        accepted = min(len(part.tokens) - 1, guesses)
+        # What would have followed the last token nobody knows.
+        self._acceptance(generation, key).note(accepted if part.finish else guesses, accepted)
+        return msgspec.structs.replace(part, drafted=guesses, accepted=accepted)
+
+    def forget(self, generation: Generation) -> None:
+        """It has ended, or goes on elsewhere."""
+        self._of_one.pop(generation.serial, None)
+        self._used.pop(generation.serial, None)
+        for drafter in self._drafters:
+            drafter.forget(generation)
+
+
+NONE: Final = Speculation((), gamma=0, max_rows=0, n_ctx=0)
+"""Without drafters nothing is guessed and nothing kept."""
