@@ -24,6 +24,9 @@ The tiled kernel and the one for fewer rows round differently. So a prompt's ful
 its tail always as fewer rows, whatever runs beside it: that is what makes its tokens the same alone and under load.
 """
 
+MAX_GAMMA: Final = 32
+"""Guesses that a pass verifies of one sequence at most."""
+
 MAX_OUTPUTS: Final = 48
 """Rows of a call whose logits are wanted, unless there are more sequences; each costs a float for every word of the
 vocabulary twice, in llama.cpp's output buffer and in its graph."""

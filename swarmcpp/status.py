@@ -81,6 +81,9 @@ class RequestRow:
     generated: int = 0
     seconds: float = 0.0
     state: str = "queued"
+    drafted: int = 0
+    """Tokens that were guessed ahead, `accepted` of which were right."""
+    accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,8 +186,14 @@ def _requests(rows: Sequence[RequestRow]) -> list[Column]:
         Column("route", [clean(row.route, 100) for row in rows], 0, least=10),
         Column("prompt", [str(row.prompt_tokens) for row in rows], 4),
         Column("tokens", [str(row.generated) for row in rows], 3),
+        Column("guessed", [_guessed(row) for row in rows], 7),
         Column("time", [f"{row.seconds:.1f} s" for row in rows], 6),
     ]
+
+
+def _guessed(row: RequestRow) -> str:
+    """Guesses that were right, of all."""
+    return f"{row.accepted}/{row.drafted}" if row.drafted else "-"
 
 
 def _event(row: EventRow) -> str:

@@ -43,7 +43,7 @@ def loss(path: Path, seed: int = SEED, count: int = DOCUMENTS) -> tuple[float, i
     with ExitStack() as stack:
         model = Model(path, use_extra_bufts=False)
         stack.callback(model.close)
-        context = Context(model, ContextOptions(n_ctx=CONTEXT, n_seqs=1, n_threads=1, all_outputs=True))
+        context = Context(model, ContextOptions(n_ctx=CONTEXT, n_seqs=1, n_threads=1, outputs=MAX_ROWS))
         stack.callback(context.close)
         batch = AllRows(MAX_ROWS)
         for tokens, learned in tokenized(model.vocab, seed, count):

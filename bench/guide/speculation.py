@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.guide.exam import TEMPERATURE, questions
-from swarmcpp.core import ChatMessage
+from swarmcpp.core import MAX_ROWS, ChatMessage
 from swarmcpp.llama.chat import ChatCodec
 from swarmcpp.llama.context import Batch, Context, ContextOptions, Model
 from swarmcpp.models.embedded import DRAFT, GUIDE, embedded_file
@@ -48,7 +48,7 @@ class Speaker:
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self.model = Model(path, use_extra_bufts=False)
         stack.callback(self.model.close)
-        self._context = Context(self.model, ContextOptions(n_ctx=2048, n_seqs=1, n_threads=1, all_outputs=True))
+        self._context = Context(self.model, ContextOptions(n_ctx=2048, n_seqs=1, n_threads=1, outputs=MAX_ROWS))
         stack.callback(self._context.close)
         self._batch = AllRows(512)
         self.held = 0

@@ -181,7 +181,7 @@ class Answer:
         times = started or (done.timings if done else None)
         _log.info(
             "request %s route=%s queue=%.3fs fetch=%.3fs prefill=%.3fs ttft=%s decode=%.1ftok/s "
-            "prompt=%d cached=%d completion=%d finish=%s",
+            "prompt=%d cached=%d completion=%d guessed=%d/%d finish=%s",
             request.id,
             replies.route_text(started.route).replace(", ", ",").replace(" ", ":") if started else "-",
             times.queue_s if times else 0.0,
@@ -192,6 +192,8 @@ class Answer:
             len(request.prompt),
             done.usage.cached_tokens if done else 0,
             progress.tokens,
+            done.usage.accepted if done else 0,
+            done.usage.drafted if done else 0,
             done.reason if done else outcome,
         )
 

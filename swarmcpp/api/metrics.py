@@ -58,6 +58,11 @@ class Metrics:
             ("route", "outcome"),
         )
         self._completion = counter("swarmcpp_completion_tokens", "Tokens generated, also of choices that were cut off.")
+        self._guessed = counter(
+            "swarmcpp_guessed_tokens",
+            "Tokens of finished choices that were guessed ahead and verified, by outcome: accepted or rejected.",
+            ["outcome"],
+        )
         self.registry.register(_SnapshotCollector(snapshot))
 
     def request(self, endpoint: str, outcome: str) -> None:
@@ -81,6 +86,8 @@ class Metrics:
             self._prompt.inc(usage.prompt_tokens)
             if usage.cached_tokens:
                 self._cached.labels(usage.cached_tier).inc(usage.cached_tokens)
+            self._guessed.labels("accepted").inc(usage.accepted)
+            self._guessed.labels("rejected").inc(usage.drafted - usage.accepted)
             self._lookups.labels(usage.cached_tier or "miss").inc()
 
     def render(self) -> bytes:

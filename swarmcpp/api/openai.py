@@ -10,7 +10,7 @@ import msgspec
 
 from swarmcpp.api import fields
 from swarmcpp.api.fields import JsonObject, show
-from swarmcpp.core import ChatMessage, Limits, SamplingParams
+from swarmcpp.core import MAX_GAMMA, ChatMessage, Limits, SamplingParams
 from swarmcpp.errors import BadRequest, PromptTooLong, UnsupportedField
 
 SeedSource = Callable[[int], int]
@@ -26,7 +26,6 @@ MAX_SALT = 256
 """Characters. A salt is a name or a random string of a tenant, not a document."""
 
 DRAFTERS = ("none", "prediction", "ngram", "draft")
-MAX_GAMMA = 32
 MAX_TEMPERATURE = 100.0
 MAX_PENALTY = 100.0
 MAX_INT = 2**31 - 1

@@ -135,6 +135,10 @@ class Chat:
         """The next line without spaces around it; None at the end of the input, /exit or the second Ctrl-C."""
         while True:
             try:
+                # Within the try: the second one may come while this is printed.
+                if self._interrupts:
+                    self.out.print()
+                    self.notes.print("Ctrl-C again leaves", style="dim")
                 line = input(self.prompt).strip()
             except EOFError:
                 if self.prompt:
@@ -142,10 +146,9 @@ class Chat:
                 return None
             except KeyboardInterrupt:
                 self._interrupts += 1
-                self.out.print()
                 if self._interrupts > 1 or not self.interactive:
+                    self.out.print()
                     return None
-                self.notes.print("Ctrl-C again leaves", style="dim")
                 continue
             self._interrupts = 0
             return None if line == "/exit" else line

@@ -8,6 +8,7 @@ via speculative decoding", with a target that decides alone: what comes out is w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -16,10 +17,13 @@ from typing import Final
 
 import msgspec
 
-from swarmcpp.core import Chunk, Token, TokenPart
+from swarmcpp.core import MAX_GAMMA, Chunk, Token, TokenPart
 from swarmcpp.engine.drafting import NOTHING, Draft, Drafter, DrafterName
 from swarmcpp.engine.scheduler import CostModel
 from swarmcpp.engine.sequence import Generation
+from swarmcpp.telemetry import diag
+
+logger = logging.getLogger(__name__)
 
 PRIOR: Final = 0.6
 """Acceptance of a drafter of which nothing is known."""
@@ -33,8 +37,8 @@ MEMORY: Final = 0.9
 MEMORY_OF_ALL: Final = 0.99
 """The same for what all requests have in common."""
 
-LADDER: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-"""Numbers of guesses that are weighed."""
+LADDER: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+"""Numbers of guesses that are weighed, beside the most that there may be."""
 
 WORTH: Final = 1.02
 """What speculation must win by on paper: its measures are moving averages of few passes."""
@@ -238,7 +242,7 @@ class Speculation:
         for chunk in chunks:
             generation = generations(chunk.slot)
             # The last token that may come needs no guess, and no row behind the end of the sequence has a place.
-            most = min(generation.to_come - 1, self._n_ctx - chunk.start - 1, LADDER[-1])
+            most = min(generation.to_come - 1, self._n_ctx - chunk.start - 1, MAX_GAMMA)
             asked = generation.request.gamma
             found.append(_Candidate(chunk, generation, most if asked < 0 else min(most, asked)))
         for drafter in self._drafters:
@@ -266,6 +270,8 @@ class Speculation:
             return part
         key, guesses = used
         accepted = min(len(part.tokens) - 1, guesses)
+        request = generation.request.id
+        diag(logger, "speculation", request=request, drafter=key[0], trust=key[1], drafted=guesses, accepted=accepted)
         # What would have followed the last token nobody knows.
         self._acceptance(generation, key).note(accepted if part.finish else guesses, accepted)
         return msgspec.structs.replace(part, drafted=guesses, accepted=accepted)

@@ -273,7 +273,7 @@ class Swarm:
             with self.requests.tracked(request, lambda: _for_peer(served.runner.route(request.id))) as row:
                 async with aclosing(self.requests.run_here(served.runner, request)) as parts:
                     async for part in parts:
-                        row.generated += len(part.tokens)
+                        row.count(part)
                         yield part
 
         limits = Limits(ctx_size=served.runner.ctx_size, n_vocab=served.offer.n_vocab)

@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from swarmcpp.core import GenerateRequest, Limits, TokenPart
+from swarmcpp.core import MAX_GAMMA, GenerateRequest, Limits, TokenPart
 from swarmcpp.errors import EngineFailed, WireError
 from swarmcpp.wire.checks import are_tokens, check_request
 from swarmcpp.wire.peers import Caller, Generate, KeepAlive, Part, Reply
@@ -127,6 +127,8 @@ def _check_part(part: TokenPart, given: int, left: int, n_vocab: int) -> None:
         raise WireError(f"a part names a token outside 0 to {n_vocab - 1}")
     if not 0 <= part.cached_tokens <= given or part.tier not in TIERS:
         raise WireError(f"a part says that {part.cached_tokens} of {given} tokens came from {part.tier[:20]!r}")
+    if not 0 <= part.accepted <= min(part.drafted, len(part.tokens)) or part.drafted > MAX_GAMMA * len(part.tokens):
+        raise WireError(f"a part of {len(part.tokens)} tokens says that {part.accepted} of {part.drafted} were guessed")
     if not _are_seconds((part.queue_s, part.prefill_s, part.fetch_s)):
         raise WireError("a part has a time that is negative or not finite")
 

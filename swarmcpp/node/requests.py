@@ -118,6 +118,7 @@ class Requests:
         produced, finished = list(request.generated), False
         failed: dict[NodeId, SwarmError] = {}
         with self.tracked(request) as row:
+            row.generated = len(produced)
             while not finished:
                 left = None if ends is None else max(0.001, ends - self._clock())
                 current = replace(request, generated=tuple(produced), deadline_s=left)
@@ -126,7 +127,8 @@ class Requests:
                 async with self._attempt(replica, current, local, failed) as parts:
                     async for part in parts:
                         produced.extend(part.ids)
-                        row.generated, finished = len(produced), part.finish is not None
+                        row.count(part)
+                        finished = part.finish is not None
                         told = told or row.route()
                         yield told, part
                     if not finished:

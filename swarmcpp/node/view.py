@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from swarmcpp.core import GenerateRequest
+from swarmcpp.core import GenerateRequest, TokenPart
 from swarmcpp.peers import Capability, ModelOffer, NodeId, StageOffer
 from swarmcpp.pipeline.contract import StageRef
 from swarmcpp.status import NodeRow, RequestRow
@@ -30,6 +30,14 @@ class RequestInView:
     route: Callable[[], str]
     begun: float
     generated: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def count(self, part: TokenPart) -> None:
+        """Add tokens that came."""
+        self.generated += len(part.tokens)
+        self.drafted += part.drafted
+        self.accepted += part.accepted
 
 
 def request_rows(running: Iterable[RequestInView], now: float) -> tuple[RequestRow, ...]:
@@ -41,6 +49,8 @@ def request_rows(running: Iterable[RequestInView], now: float) -> tuple[RequestR
             route=each.route(),
             prompt_tokens=len(each.request.prompt),
             generated=each.generated,
+            drafted=each.drafted,
+            accepted=each.accepted,
             seconds=max(0.0, now - each.begun),
             state="decode" if each.generated > len(each.request.generated) else "prefill",
         )

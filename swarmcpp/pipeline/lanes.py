@@ -38,6 +38,12 @@ SENT_S = 0.001
 """After this time what was just sent has left. ZeroMQ's thread gets the core only when the loop's has nothing to do."""
 
 
+def _follows(tokens: Sequence[Token], chunk: Chunk) -> bool:
+    """Whether tokens can be what came of a chunk: its guesses as far as they go, then one more."""
+    ids = tuple(token.id for token in tokens)
+    return 0 < len(ids) <= chunk.outputs and ids[:-1] == chunk.guesses[: len(ids) - 1]
+
+
 class LaneWatch(Protocol):
     """What a lane tells the head."""
 
@@ -349,7 +355,10 @@ class Lane:
         """The tokens of each part (by its index) that asked for some. Raises StageFailed."""
         wanted = [index for index, (_, _, chunk) in enumerate(flight.parts) if chunk.last]
         told = [token.id for tokens in passed.tokens for token in tokens]
-        if len(passed.tokens) != len(wanted) or not all(0 <= each < self._facts.n_vocab for each in told):
+        sound = len(passed.tokens) == len(wanted) and all(0 <= each < self._facts.n_vocab for each in told)
+        # The rows behind a token are of what was guessed: it must be that, unless it is the last one.
+        chunks = [flight.parts[index][2] for index in wanted]
+        if not sound or not all(map(_follows, passed.tokens, chunks)):
             raise self._failed(self.chain[-1], "wire", "answered a pass with tokens that cannot be")
         return dict(zip(wanted, passed.tokens, strict=True))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from swarmcpp.core import GenerateRequest, Limits, SamplingParams
+from swarmcpp.core import MAX_GAMMA, GenerateRequest, Limits, SamplingParams
 from swarmcpp.errors import BadRequest, PromptTooLong
 
 MAX_TEXT: Final = 1000
@@ -19,7 +19,7 @@ def check_request(request: GenerateRequest, limits: Limits) -> GenerateRequest:
 
     Raises BadRequest and PromptTooLong: an engine trusts its node, and a token beyond the vocabulary would end it.
     """
-    for name in ("id", "model", "cache_salt"):
+    for name in ("id", "model", "cache_salt", "drafter"):
         if len(getattr(request, name)) > MAX_TEXT:
             raise BadRequest(f"{name} has more than {MAX_TEXT} characters; shorten it", param=name)
     used = len(request.prompt) + len(request.generated)
@@ -32,12 +32,15 @@ def check_request(request: GenerateRequest, limits: Limits) -> GenerateRequest:
         raise BadRequest("the prompt has no tokens; send at least one", param="prompt")
     _check_tokens("prompt", request.prompt, limits.n_vocab)
     _check_tokens("generated", request.generated, limits.n_vocab)
+    prediction = request.prediction[: limits.ctx_size]
+    _check_tokens("prediction", prediction, limits.n_vocab)
+    _check_range("gamma", request.gamma, -1, MAX_GAMMA)
     _check_range("max_tokens", request.max_tokens, len(request.generated) + 1, 2**31 - 1)
     if request.deadline_s is not None:
         # A month: far beyond any answer, and a number that every timer takes.
         _check_range("deadline_s", request.deadline_s, 0, 30 * 86400)
     _check_stop(request.stop, limits)
-    return replace(request, sampling=_checked_sampling(request.sampling, limits))
+    return replace(request, prediction=prediction, sampling=_checked_sampling(request.sampling, limits))
 
 
 def _checked_sampling(params: SamplingParams, limits: Limits) -> SamplingParams:

@@ -369,7 +369,7 @@ async def test_one_line_in_the_log_sums_up_each_choice(
         answer_id = (await response.json())["id"]
     (line,) = caplog.messages
     assert line.startswith(f"request {answer_id} route=peer:my:box queue=0.002s fetch=0.020s prefill=0.500s ttft=")
-    assert line.endswith("tok/s prompt=12 cached=0 completion=3 finish=stop")
+    assert line.endswith("tok/s prompt=12 cached=0 completion=3 guessed=0/0 finish=stop")
 
 
 async def test_the_line_of_a_choice_that_failed_says_how(
@@ -394,4 +394,6 @@ async def test_the_line_of_a_choice_whose_client_left(
     writer.close()
     await until(lambda: bool(caplog.messages))
     assert "route=- queue=0.000s" in caplog.messages[0]
-    assert caplog.messages[0].endswith("ttft=- decode=0.0tok/s prompt=12 cached=0 completion=0 finish=cancelled")
+    assert caplog.messages[0].endswith(
+        "ttft=- decode=0.0tok/s prompt=12 cached=0 completion=0 guessed=0/0 finish=cancelled"
+    )

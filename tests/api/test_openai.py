@@ -200,7 +200,6 @@ def test_bad_values_are_refused_by_field_name(bad: dict[str, Any]) -> None:
         {"suffix": "x"},
         {"modalities": ["text", "audio"]},
         {"audio": {"voice": "a"}},
-        {"prediction": {"type": "content"}},
         {"grammar": "root"},
         {"json_schema": {"a": 1}},
         {"n_probs": 1},
@@ -375,3 +374,30 @@ def test_a_cache_salt_is_passed_on_and_bounded() -> None:
     assert chat().cache_salt == ""
     with pytest.raises(BadRequest, match=r"257 characters; at most 256"):
         chat(cache_salt="x" * 257)
+
+
+def test_what_a_client_predicts() -> None:
+    assert chat(prediction={"type": "content", "content": "same"}).prediction == "same"
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert chat(prediction={"type": "content", "content": parts}).prediction == "one\ntwo"
+    assert chat(prediction=None).prediction == chat().prediction == ""
+    with pytest.raises(UnsupportedField, match=r"prediction.type is 'other'"):
+        chat(prediction={"type": "other", "content": "x"})
+    for bad in ({"type": "content"}, {"type": "content", "content": 5}):
+        with pytest.raises(BadRequest, match=r"prediction.content must be a string"):
+            chat(prediction=bad)
+    with pytest.raises(BadRequest, match="prediction must be an object"):
+        chat(prediction="same")
+
+
+def test_who_guesses_ahead_and_how_far() -> None:
+    assert (chat().drafter, chat().gamma) == ("", -1)
+    query = chat(speculative={"drafter": "ngram", "gamma": 7})
+    assert (query.drafter, query.gamma) == ("ngram", 7)
+    assert chat(speculative={"gamma": 0}).gamma == 0
+    with pytest.raises(BadRequest, match=r"speculative.drafter is 'oracle'; it must be one of none"):
+        chat(speculative={"drafter": "oracle"})
+    with pytest.raises(BadRequest, match=r"gamma is 33; it must be from 0 to 32"):
+        chat(speculative={"gamma": 33})
+    with pytest.raises(UnsupportedField, match=r"speculative has 'depth'"):
+        chat(speculative={"depth": 2})

@@ -85,7 +85,7 @@ class Schedules(RuleBasedStateMachine):
         serial = data.draw(st.integers(1, len(self.requests)))
         self.rig.link.inbox.append(Cancel(serial))
         self.rig.engine.receive(0.0)
-        self.cancelled.setdefault(serial, len(self.rig.link.outputs(serial)))
+        self.cancelled.setdefault(serial, len(self.rig.tokens(serial)))
 
     @rule(after=st.integers(1, 3))
     def abort_a_decode(self, after: int) -> None:

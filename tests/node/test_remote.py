@@ -198,6 +198,9 @@ async def test_what_may_follow_generated_tokens() -> None:
         [Part(msgspec.structs.replace(FIRST, tier="cloud"))],
         [Part(msgspec.structs.replace(FIRST, queue_s=-0.1))],
         [Part(msgspec.structs.replace(FIRST, prefill_s=math.nan))],
+        [Part(msgspec.structs.replace(FIRST, drafted=-1))],
+        [Part(msgspec.structs.replace(FIRST, drafted=4, accepted=2))],
+        [Part(msgspec.structs.replace(FIRST, drafted=33))],
         [Part(msgspec.structs.replace(FIRST, fetch_s=math.inf))],
     ],
 )
@@ -227,6 +230,10 @@ SAMPLING = SamplingParams()
         replace(REQUEST, id="x" * 1001),
         replace(REQUEST, model="x" * 1001),
         replace(REQUEST, cache_salt="x" * 1001),
+        replace(REQUEST, drafter="x" * 1001),
+        replace(REQUEST, prediction=(5, 256)),
+        replace(REQUEST, gamma=33),
+        replace(REQUEST, gamma=-2),
         replace(REQUEST, stop=("",)),
         replace(REQUEST, stop=("x" * 1025,)),
         replace(REQUEST, stop=("x",) * 17),
@@ -254,6 +261,11 @@ async def test_bad_requests_never_reach_the_engine(request_: GenerateRequest) ->
 async def test_a_request_that_fits_no_slot_is_too_long() -> None:
     with pytest.raises(PromptTooLong):
         check_request(replace(REQUEST, prompt=(1,) * 60, generated=(1,) * 40, max_tokens=50), LIMITS)
+
+
+async def test_a_prediction_is_no_longer_than_an_answer() -> None:
+    request = replace(REQUEST, prediction=(1,) * (LIMITS.ctx_size + 50))
+    assert len(check_request(request, LIMITS).prediction) == LIMITS.ctx_size
 
 
 async def test_penalties_look_back_over_a_slot_at_most() -> None:
