@@ -46,9 +46,9 @@ async def plan(service: Service, query: Query, head: Head) -> tuple[GenerateRequ
             await service.tokenize_text(head.model, prompt) if isinstance(prompt, str) else prompt
             for prompt in query.prompts
         ]
-    prediction: tuple[int, ...] = ()
-    if query.prediction:
-        prediction = await service.tokenize_text(head.model, query.prediction, begins=False)
+    prediction = query.prediction
+    if isinstance(prediction, str):
+        prediction = await service.tokenize_text(head.model, prediction, begins=False) if prediction else ()
     ctx_size = service.limits(head.model).ctx_size
     for prompt in prompts:
         _check_length(len(prompt), ctx_size, "messages" if query.kind == "chat" else "prompt")

@@ -68,7 +68,7 @@ class Query:
     sampling: SamplingParams
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
-    prediction: str = ""
+    prediction: Prompt = ""
     """What the answer will be, as the client thinks."""
     drafter: str = ""
     gamma: int = -1
@@ -148,7 +148,7 @@ def _query(kind: Literal["chat", "text"], body: bytes, limits_of: LimitsOf, draw
         stop=_stop(obj.get("stop"), limits),
         sampling=_sampling(obj, limits, draw_seed),
         cache_salt=_cache_salt(obj),
-        prediction=_prediction(obj),
+        prediction=_prediction(obj, limits),
         drafter=drafter,
         gamma=gamma,
     )
@@ -164,15 +164,18 @@ def _cache_salt(obj: JsonObject) -> str:
     return salt
 
 
-def _prediction(obj: JsonObject) -> str:
-    """OpenAI's predicted outputs."""
+def _prediction(obj: JsonObject, limits: Limits) -> Prompt:
+    """OpenAI's predicted outputs; token ids are taken as well, as in prompts."""
     value = fields.typed(obj, "prediction", dict)
     if value is None:
         return ""
     if value.get("type") != "content":
         kind = show(value.get("type"))
         raise UnsupportedField(f'prediction.type is {kind}; only "content" is known', param="prediction")
-    return _content(value.get("content"), "prediction")
+    content = value.get("content")
+    if isinstance(content, list) and all(type(each) is int for each in content):
+        return _token_ids(content[: limits.ctx_size - 1], limits, "prediction")
+    return _content(content, "prediction")
 
 
 def _speculative(obj: JsonObject) -> tuple[str, int]:
@@ -354,12 +357,12 @@ def _prompts(value: object, limits: Limits) -> tuple[Prompt, ...]:
     return (_token_ids(value, limits),)
 
 
-def _token_ids(value: list[object], limits: Limits) -> tuple[int, ...]:
+def _token_ids(value: list[object], limits: Limits, param: str = "prompt") -> tuple[int, ...]:
     if not value:
-        raise BadRequest("prompt has an empty list of token ids; give at least one token", param="prompt")
+        raise BadRequest(f"{param} has an empty list of token ids; give at least one token", param=param)
     if len(value) >= limits.ctx_size:
-        raise too_long(f"the prompt has {len(value)} tokens", limits.ctx_size, "prompt")
+        raise too_long(f"the {param} has {len(value)} tokens", limits.ctx_size, param)
     for token in value:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < limits.n_vocab:
-            raise BadRequest(f"prompt has {show(token)}; token ids are 0 to {limits.n_vocab - 1}", param="prompt")
+            raise BadRequest(f"{param} has {show(token)}; token ids are 0 to {limits.n_vocab - 1}", param=param)
     return tuple(value)  # type: ignore[arg-type]

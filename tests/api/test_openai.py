@@ -381,6 +381,9 @@ def test_what_a_client_predicts() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     assert chat(prediction={"type": "content", "content": parts}).prediction == "one\ntwo"
     assert chat(prediction=None).prediction == chat().prediction == ""
+    assert chat(prediction={"type": "content", "content": [5, 6]}).prediction == (5, 6)
+    with pytest.raises(BadRequest, match=r"prediction has 99999999; token ids are 0 to"):
+        chat(prediction={"type": "content", "content": [99999999]})
     with pytest.raises(UnsupportedField, match=r"prediction.type is 'other'"):
         chat(prediction={"type": "other", "content": "x"})
     for bad in ({"type": "content"}, {"type": "content", "content": 5}):

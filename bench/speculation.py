@@ -1,0 +1,22 @@
+"""Guesses that are verified in one pass against plain decoding and llama-server's own kinds: this file with --help."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Run as a file, Python puts bench/ itself on the path, not the directory that has it.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import guesses, runner
+
+SCENARIOS: runner.Scenarios = {
+    "copy": guesses.copy,
+    "shuffled": guesses.shuffled,
+    "prediction": guesses.prediction,
+    "novel": guesses.novel,
+    "users": guesses.users,
+}
+
+if __name__ == "__main__":
+    runner.run("speculation", SCENARIOS)
