@@ -119,26 +119,38 @@ def _drafters(options: EngineOptions, model: Model, stack: ExitStack) -> list[Dr
     """Who guesses ahead for this engine. Raises BadModel, NotEnoughMemory."""
     from swarmcpp.engine.drafting import lookups
     from swarmcpp.engine.modeldrafter import ModelDrafter
+    from swarmcpp.llama.selfdraft import self_draft
 
     if not options.guess:
         return []
     drafters = [make() for make in lookups(ngram=options.ngram)]
     if options.draft_path:
-        backend = _open_draft(options, model, stack)
+        backend = _open_draft(Path(options.draft_path), options, model, stack)
         drafters.append(ModelDrafter("draft", backend, model.vocab.n_vocab, time.monotonic))
+    if options.skip_ratio:
+        path = self_draft(
+            Path(options.model_path),
+            model,
+            options.skip_ratio,
+            Path(options.skip_dir),
+            options.threads,
+            use_extra_bufts=options.use_extra_bufts,
+        )
+        backend = _open_draft(path, options, model, stack)
+        drafters.append(ModelDrafter("skip", backend, model.vocab.n_vocab, time.monotonic))
     return drafters
 
 
-def _open_draft(options: EngineOptions, target: Model, stack: ExitStack) -> LlamaBackend:
+def _open_draft(path: Path, options: EngineOptions, target: Model, stack: ExitStack) -> LlamaBackend:
     from swarmcpp.llama.backend import LlamaBackend
     from swarmcpp.llama.context import Context, Model
     from swarmcpp.llama.vocab import difference
 
-    draft = Model(Path(options.draft_path), use_extra_bufts=options.use_extra_bufts)
+    draft = Model(path, use_extra_bufts=options.use_extra_bufts)
     stack.callback(draft.close)
     if what := difference(target.vocab, draft.vocab):
         raise BadModel(
-            f"{options.draft_path}: cannot guess for {options.model_path}, since {what}; draft_model_path needs a "
+            f"{path}: cannot guess for {options.model_path}, since {what}; draft_model_path needs a "
             "smaller model of the same family"
         )
     context = Context(draft, replace(_context_options(options), outputs=0))

@@ -25,7 +25,7 @@ MAX_SEQUENCES = 256
 MAX_SALT = 256
 """Characters. A salt is a name or a random string of a tenant, not a document."""
 
-DRAFTERS = ("none", "prediction", "ngram", "draft")
+DRAFTERS = ("none", "prediction", "ngram", "draft", "skip")
 MAX_TEMPERATURE = 100.0
 MAX_PENALTY = 100.0
 MAX_INT = 2**31 - 1

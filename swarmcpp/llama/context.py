@@ -49,6 +49,11 @@ class Model:
         self.pointer: Any = lib.load_model(path, use_extra_bufts=use_extra_bufts, vocab_only=False, progress=progress)
         self.vocab = Vocab(self.pointer)
 
+    @property
+    def n_layers(self) -> int:
+        """Its layers."""
+        return int(c.llama_model_n_layer(self.pointer))
+
     def close(self) -> None:
         """Free the weights."""
         if self.pointer:

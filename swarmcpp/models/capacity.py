@@ -7,6 +7,7 @@ contexts in tokens per slot (each slot is its own stream of the KV cache).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from swarmcpp.core import MAX_OUTPUTS, MAX_ROWS
@@ -171,10 +172,10 @@ def choose_capacity(
     ctx_size: int = 0,
     slots: int = 0,
     n_batch: int = MAX_ROWS,
-    draft: ModelFile | None = None,
+    drafts: Sequence[ModelFile] = (),
 ) -> tuple[int, int]:
-    """(ctx_size, slots) that fit into `free_bytes`; 0 means choose, any other value is kept. `draft` is a second model
-    with a context of the same size.
+    """(ctx_size, slots) that fit into `free_bytes`; 0 means choose, any other value is kept. `drafts` are further
+    models with contexts of the same size.
 
     Starts from 8 slots of min(n_ctx_train, 8192) tokens, halves the slots down to 1 and then the context down to
     512, until the estimate is at most 80% of what is free. When both values are given they may fill all of it.
@@ -182,7 +183,7 @@ def choose_capacity(
     """
     ctx, count = ctx_size or min(model.n_ctx_train, AUTO_CTX), slots or AUTO_SLOTS
     share = 100 if ctx_size and slots else AUTO_SHARE_PERCENT
-    while (need := _both(model, draft, ctx, count, n_batch)).total * 100 > free_bytes * share:
+    while (need := _sum((model, *drafts), ctx, count, n_batch)).total * 100 > free_bytes * share:
         if not slots and count > 1:
             count //= 2
         elif not ctx_size and ctx > MIN_CTX:
@@ -192,10 +193,10 @@ def choose_capacity(
     return ctx, count
 
 
-def _both(model: ModelFile, draft: ModelFile | None, ctx_size: int, slots: int, n_batch: int) -> MemoryEstimate:
-    need = estimate_memory(model, ctx_size, slots, n_batch)
-    more = estimate_memory(draft, ctx_size, slots, n_batch) if draft else MemoryEstimate(0, 0, 0)
-    return MemoryEstimate(need.weights + more.weights, need.kv + more.kv, need.compute + more.compute)
+def _sum(models: Iterable[ModelFile], ctx_size: int, slots: int, n_batch: int) -> MemoryEstimate:
+    needs = [estimate_memory(model, ctx_size, slots, n_batch) for model in models]
+    parts = [(need.weights, need.kv, need.compute) for need in needs]
+    return MemoryEstimate(*map(sum, zip(*parts, strict=True)))
 
 
 def _not_enough(

@@ -7,7 +7,8 @@ A slice that has not all layers takes rows of embeddings, never tokens, so it ho
 - the others have `tokenizer.ggml.model = "no_vocab"` with one token and one row of the token embedding, so that the
   head that llama.cpp insists on is nothing.
 
-A slice [0, n_layers) is the whole model, marked.
+A slice [0, n_layers) is the whole model, marked. A model without some of its middle layers, which drafts for the whole
+one, is written in the same way: it has all of the vocabulary and no marks.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -66,6 +67,21 @@ class Slice:
         """It computes logits; otherwise hidden rows for the next stage."""
         return self.last == self.n_layers
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that it has."""
+        return tuple(range(self.first, self.last))
+
+
+@dataclass(frozen=True, slots=True)
+class _Thinned:
+    """All of a model but some layers."""
+
+    layers: tuple[int, ...]
+    n_layers: int
+
+    is_tail = True
+
 
 def slice_of(header: GgufHeader) -> Slice | None:
     """What the file is a slice of, or None for a whole model. Raises BadModel when its marks are damaged."""
@@ -112,7 +128,25 @@ def write_slice(source: Path, first: int, last: int, target: Path, *, fingerprin
     if len(fingerprint) != DIGEST_BYTES:
         raise ValueError(f"a fingerprint of {len(fingerprint)} bytes, not {DIGEST_BYTES}")
     model, headers = _sliceable(source, first, last)
-    wanted = Slice(first, last, model.n_layers, fingerprint)
+    return _write_layers(model, headers, Slice(first, last, model.n_layers, fingerprint), target)
+
+
+def write_thinned(source: Path, skipped: range, target: Path) -> Path:
+    """Write the model at `source` without the layers `skipped`, which are neither its first nor its last, to `target`.
+
+    As `write_slice`, also in what it raises.
+    """
+    model, headers = _sliceable(source, 0, 1)
+    layers = tuple(layer for layer in range(model.n_layers) if layer not in skipped)
+    if not 0 < skipped.start < skipped.stop < model.n_layers or skipped.step != 1:
+        raise BadConfig(
+            f"layers {skipped.start} to {skipped.stop} of {source}: what is skipped lies between the first and the "
+            f"last of its {model.n_layers} layers"
+        )
+    return _write_layers(model, headers, _Thinned(layers, model.n_layers), target)
+
+
+def _write_layers(model: ModelFile, headers: Sequence[GgufHeader], wanted: Slice | _Thinned, target: Path) -> Path:
     parts = tuple(_parts(headers, wanted))
     scratch = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
@@ -165,11 +199,11 @@ def _sliceable(source: Path, first: int, last: int) -> tuple[ModelFile, list[Ggu
     return model, headers
 
 
-def _parts(headers: Sequence[GgufHeader], wanted: Slice) -> Iterator[tuple[int, TensorInfo]]:
+def _parts(headers: Sequence[GgufHeader], wanted: Slice | _Thinned) -> Iterator[tuple[int, TensorInfo]]:
     """The tensors of the slice as it has them, each with the number of its file, in the order of the source."""
     names = {tensor.name for header in headers for tensor in header.tensors}
     head = _HEAD if _HEAD in names else _EMBEDDING
-    missing = set(range(wanted.first, wanted.last))
+    missing = set(wanted.layers)
     if any(len(t.shape) != 2 for header in headers for t in header.tensors if t.name in (_EMBEDDING, _HEAD)):
         raise BadModel(f"{headers[0].path}: has a token embedding that is no matrix; download it again")
     for file, header in enumerate(headers):
@@ -182,13 +216,14 @@ def _parts(headers: Sequence[GgufHeader], wanted: Slice) -> Iterator[tuple[int, 
         raise BadModel(f"{headers[0].path}: has no tensors of layer {min(missing)}; download it again")
 
 
-def _kept(tensor: TensorInfo, wanted: Slice, head: str) -> TensorInfo | None:
+def _kept(tensor: TensorInfo, wanted: Slice | _Thinned, head: str) -> TensorInfo | None:
     """A tensor of the model as the slice has it; None when it has not. `head`: the name of the output head."""
     if block := _BLOCK.fullmatch(tensor.name):
         number = int(block[1])
-        name = f"blk.{number - wanted.first}.{block[2]}"
-        return replace(tensor, name=name) if wanted.first <= number < wanted.last else None
-    if wanted.last - wanted.first == wanted.n_layers:
+        if number not in wanted.layers:
+            return None
+        return replace(tensor, name=f"blk.{wanted.layers.index(number)}.{block[2]}")
+    if isinstance(wanted, _Thinned) or len(wanted.layers) == wanted.n_layers:
         return tensor
     if wanted.is_tail:
         if tensor.name == head:
@@ -199,11 +234,10 @@ def _kept(tensor: TensorInfo, wanted: Slice, head: str) -> TensorInfo | None:
     return tensor if not tensor.name.startswith("output.") else None
 
 
-def _metadata(header: GgufHeader, architecture: str, wanted: Slice) -> list[bytes]:
+def _metadata(header: GgufHeader, architecture: str, wanted: Slice | _Thinned) -> list[bytes]:
     """The slice's key-value pairs, encoded: the source's bytes, but for what tells layers and vocabulary."""
-    n_layers = wanted.last - wanted.first
     has_vocab = wanted.is_tail
-    changed: dict[str, bytes] = {f"{architecture}.block_count": _u32(n_layers)}
+    changed: dict[str, bytes] = {f"{architecture}.block_count": _u32(len(wanted.layers))}
     for key in (f"{architecture}.{name}" for name in _PER_LAYER):
         value = header.metadata.get(key)
         if isinstance(value, tuple):
@@ -216,8 +250,9 @@ def _metadata(header: GgufHeader, architecture: str, wanted: Slice) -> list[byte
     with header.path.open("rb") as file:
         data = file.read(header.data_offset)
     pairs = [data[at] for key, at in header.pairs.items() if not (key in changed or key.startswith(dropped))]
-    changed |= {_FIRST: _u32(wanted.first), _LAST: _u32(wanted.last), _OF: _u32(wanted.n_layers)}
-    changed[_FINGERPRINT] = _string_value(wanted.fingerprint.hex())
+    if isinstance(wanted, Slice):
+        changed |= {_FIRST: _u32(wanted.first), _LAST: _u32(wanted.last), _OF: _u32(wanted.n_layers)}
+        changed[_FINGERPRINT] = _string_value(wanted.fingerprint.hex())
     return pairs + [_string(key) + value for key, value in changed.items()]
 
 
@@ -225,11 +260,11 @@ def _u32(value: int) -> bytes:
     return struct.pack("<II", _UINT32, value)
 
 
-def _numbers(path: Path, key: str, values: tuple[Scalar, ...], wanted: Slice) -> bytes:
+def _numbers(path: Path, key: str, values: tuple[Scalar, ...], wanted: Slice | _Thinned) -> bytes:
     """The numbers of the slice's layers as an array of uint32."""
     if len(values) != wanted.n_layers or not all(isinstance(v, int) and 0 <= v < 1 << 32 for v in values):
         raise BadModel(f"{path}: has no whole number for each of {wanted.n_layers} layers in {key}; download it again")
-    kept = values[wanted.first : wanted.last]
+    kept = [values[layer] for layer in wanted.layers]
     return struct.pack(f"<IIQ{len(kept)}I", ARRAY, _UINT32, len(kept), *kept)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -17,10 +17,12 @@ from swarmcpp.kv.cache import PrefixCache
 from swarmcpp.kv.keys import KvIdentity
 from swarmcpp.llama.backend import GGML_TYPE_F16
 from swarmcpp.llama.probe import probe
-from swarmcpp.models.capacity import choose_capacity
+from swarmcpp.llama.selfdraft import bands
+from swarmcpp.models.capacity import choose_capacity, layer_bytes
 from swarmcpp.models.catalogue import load_catalogue
 from swarmcpp.models.download import resolve_model
 from swarmcpp.models.inspect import ModelFile, inspect
+from swarmcpp.models.slicing import check_sliceable
 from swarmcpp.peers import ModelOffer
 from swarmcpp.wire.engine import EngineOptions
 
@@ -62,11 +64,15 @@ def prepare(config: Config, path: Path, name: str | None = None) -> Prepared:
     model = inspect(path)
     if not model.has_tokenizer:
         raise BadModel(f"{path}: has no tokenizer, so it cannot read text; get a GGUF of the whole model")
-    draft, engine = draft_model(config), config.engine
-    ctx_size, slots = choose_capacity(model, usable_memory(config), engine.ctx_size, engine.slots, draft=draft)
+    draft, thinned, engine = draft_model(config), thinned_model(config, model), config.engine
+    drafts = [each for each in (draft, thinned) if each]
+    ctx_size, slots = choose_capacity(model, usable_memory(config), engine.ctx_size, engine.slots, drafts=drafts)
     options = engine_options(config, path, ctx_size, slots)
     if draft:
         options = msgspec.structs.replace(options, draft_path=str(draft.path.resolve()))
+    if thinned:
+        skip_dir = str(config.storage.data_dir / "skips")
+        options = msgspec.structs.replace(options, skip_ratio=config.inference.swift_skip_ratio, skip_dir=skip_dir)
     return Prepared(model, model_info(name or path.stem, model, model.size_bytes), options)
 
 
@@ -82,6 +88,22 @@ def draft_model(config: Config) -> ModelFile | None:
             f"draft_model_path = {wanted!r} is not on this machine yet; get it with `swarmcpp pull {wanted}`"
         )
     return inspect(found)
+
+
+def thinned_model(config: Config, model: ModelFile) -> ModelFile | None:
+    """What the model is without the layers that it skips to guess ahead, as far as memory goes; None if it shall not.
+
+    Raises BadConfig, BadModel.
+    """
+    inference = config.inference
+    if not inference.swift_self_speculative or not inference.speculative_gamma:
+        return None
+    check_sliceable(model, 0, model.n_layers)
+    left = model.n_layers - len(bands(model.n_layers, inference.swift_skip_ratio)[0])
+    # Of the vocabulary's tensors nothing is left out.
+    head = model.tensor_bytes - sum(layer_bytes(model))
+    weights = head + sum(layer_bytes(model)) * left // model.n_layers
+    return replace(model, n_layers=left, n_head_kv=model.n_head_kv[:left], tensor_bytes=weights)
 
 
 def engine_options(config: Config, path: Path, ctx_size: int, slots: int, *, stage: bool = False) -> EngineOptions:

@@ -42,6 +42,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """Most guesses of a drafter that computes."""
     draft_path: str = ""
     """A model that guesses ahead; empty: none."""
+    skip_ratio: float = 0.0
+    """Layers of the model itself without which it guesses ahead; 0: it does not. `skip_dir` is where that is kept."""
+    skip_dir: str = ""
     stage: bool = False
     """The file is a slice: the engine computes the Runs that its node sends, and samples if it has the last layer."""
     poll_s: float = 0.0
