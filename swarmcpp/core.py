@@ -327,6 +327,8 @@ class Chunk:
     count: int
     last: bool
     guesses: tuple[int, ...] = ()
+    follows: int = -1
+    """The token of its first row, where that is a guess too: it means nothing unless this was drawn just before it."""
 
     @property
     def outputs(self) -> int:

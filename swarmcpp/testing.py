@@ -191,6 +191,8 @@ class FakeSequence:
     epoch: int = -1
     keys: tuple[bytes, ...] = ()
     resumed: bool = False
+    drawn: tuple[int, int] = (-1, -1)
+    """The position of the token that was drawn last, and its id."""
 
 
 @dataclass
@@ -248,7 +250,12 @@ class FakeStage:
                 ends = [len(whole) - n for n in reversed(range(part.outputs))]
                 said = [Token(summed_token(whole[:end])) for end in ends]
                 right = takewhile(lambda pair: pair[0].id == pair[1], zip(said, part.guesses, strict=False))
-                tokens.append(tuple(said[: 1 + len(list(right))]))
+                drawn = said[: 1 + len(list(right))]
+                if part.follows >= 0 and each.drawn != (part.start, part.follows):
+                    drawn = []
+                else:
+                    each.drawn = part.start + part.count - part.outputs + len(drawn), drawn[-1].id
+                tokens.append(tuple(drawn))
         tail = self.last == self.n_layers
         result = (tuple(tokens), None, 0.5, 0.25) if tail else ((), np.concatenate(made).tobytes(), 0.5, 0.25)
         self._last = asyncio.create_task(self._end(self._last, done, result))

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from engine_support import sampled_of
+from engine_support import prompt_of
 from fake_backend import FakeBlockFile
 
-from swarmcpp.core import BlockRef, GenerateRequest, SamplingParams
+from swarmcpp.core import BlockRef, GenerateRequest, Sampled, SamplingParams, Token, TokenPart
+from swarmcpp.engine.speculation import drawn_tokens
 from swarmcpp.errors import QueueFull, StageFailed, StageLost, SwarmError
 from swarmcpp.kv.keys import block_keys
 from swarmcpp.llama.backend import LlamaBackend
@@ -25,9 +27,11 @@ from swarmcpp.llama.rows import decode_rows, encode_rows
 from swarmcpp.llama.sampler import Sampler
 from swarmcpp.llama.stage import EmbeddingTable, StageContext, StageRows
 from swarmcpp.models.slicing import write_slice
+from swarmcpp.pipeline.conductor import Conductor
 from swarmcpp.pipeline.contract import Pass, Passed, StageRef, StageTime
 from swarmcpp.pipeline.runs import Ask, Chain, ModelFacts, PipelinePolicy, Surroundings
 from swarmcpp.route.passes import Curve, micro_batches
+from swarmcpp.wire.peers import PassPart
 
 BLOCK = 64
 FINGERPRINT = bytes(range(32))
@@ -48,6 +52,7 @@ class Held:
     sampler: Sampler | None = None
     request: GenerateRequest | None = None
     blocks: list[BlockRef] = field(default_factory=list)
+    drawn: tuple[int, int] = (-1, -1)
 
 
 class ThreadStage:
@@ -67,6 +72,8 @@ class ThreadStage:
         self.arena: dict[bytes, BlockRef] = {}
         self.passes: list[tuple[int, ...]] = []
         """Rows of each part of each pass."""
+        self.void = 0
+        """Parts that were built on a wrong guess."""
         self.before: Callable[[ThreadStage, Pass], None] = lambda _stage, _work: None
         """Called by the thread at the beginning of each pass; may raise what the pass fails with."""
         self.opening: Callable[[], None] = lambda: None
@@ -168,7 +175,7 @@ class ThreadStage:
         rest = await self._others[work.onward[0]].run(onward)
         return Passed(rest.tokens, (time, *rest.times))
 
-    def _run(self, work: Pass) -> tuple[tuple[int, ...], np.ndarray]:
+    def _run(self, work: Pass) -> tuple[Sampled, np.ndarray]:
         self.before(self, work)
         self.passes.append(tuple(part.count for part in work.parts))
         rows = decode_rows(work.rows, work.n_rows, self.context.n_embd, work.encoding)
@@ -190,12 +197,18 @@ class ThreadStage:
             pieces = np.split(hidden, np.cumsum([len(parts[index].rows) for index in order])[:-1])
             back = dict(zip(order, pieces, strict=True))
             return (), np.concatenate([back[index] for index in range(len(parts))])
-        outputs = [there for part, there in zip(work.parts, held, strict=True) if part.outputs]
-        return sampled_of(*(self._sample(there) for there in outputs)), hidden
+        outputs = [(part, there) for part, there in zip(work.parts, held, strict=True) if part.outputs]
+        return tuple(self._sample(part, there) for part, there in outputs), hidden
 
-    def _sample(self, held: Held) -> int:
-        assert held.sampler is not None
-        return held.sampler.sample(self.context.context, self.context.outputs[held.seq][-1])
+    def _sample(self, part: PassPart, held: Held) -> tuple[Token, ...]:
+        sampler, rows = held.sampler, self.context.outputs[held.seq]
+        assert sampler is not None
+        if part.follows >= 0 and held.drawn != (part.start, part.follows):
+            self.void += 1
+            return ()
+        tokens = drawn_tokens(part.guesses, lambda at: Token(sampler.sample(self.context.context, rows[at])))
+        held.drawn = part.start + part.count - part.outputs + len(tokens), tokens[-1].id
+        return tuple(tokens)
 
     async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:
         await self._on_thread(self._store, sequence, epoch, keys)
@@ -291,3 +304,49 @@ async def until(condition: Callable[[], bool], what: str, deadline_s: float = 20
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {deadline_s} s"
         await asyncio.sleep(0.002)
+
+
+SwarmMaker = Callable[..., Swarm]
+Whole = Callable[..., list[list[int]]]
+
+
+def request(
+    length: int, max_tokens: int = 20, seed: int = 0, sampling: SamplingParams = GREEDY, prompt: Sequence[int] = ()
+) -> GenerateRequest:
+    return GenerateRequest(f"r{seed}", "m", tuple(prompt) or prompt_of(length, seed, N_VOCAB), max_tokens, sampling)
+
+
+def in_flight(conductor: Conductor) -> int:
+    """Passes on their way."""
+    return sum(lane.in_flight for lane in conductor._lanes.values())
+
+
+def groups_of(conductor: Conductor) -> int:
+    return sum(len(lane.groups) for lane in conductor._lanes.values())
+
+
+@asynccontextmanager
+async def head(
+    swarm: Swarm, with_policy: PipelinePolicy | None = None, *, caching: bool = True
+) -> AsyncIterator[Conductor]:
+    made = Conductor(swarm.facts, with_policy or policy(), swarm.surroundings(caching=caching), time.monotonic)
+    try:
+        yield made
+    finally:
+        await made.close()
+    assert not any(stage.held for stage in swarm.all), "a sequence stayed open"
+    assert made.ahead == 0
+    assert made.stats.slots_busy == in_flight(made) == 0
+
+
+async def parts_of(conductor: Conductor, wanted: GenerateRequest) -> list[TokenPart]:
+    async with aclosing(conductor.tokens(conductor.admit(wanted))) as parts:
+        return [part async for part in parts]
+
+
+async def run(conductor: Conductor, requests: Sequence[GenerateRequest]) -> list[list[int]]:
+    answers = await asyncio.gather(*(parts_of(conductor, each) for each in requests))
+    for parts in answers:
+        assert [part.finish for part in parts[:-1]] == [None] * (len(parts) - 1)
+        assert parts[-1].finish
+    return [[token for part in parts for token in part.ids] for parts in answers]

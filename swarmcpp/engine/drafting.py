@@ -43,7 +43,8 @@ class Drafter(Protocol):
     """It computes next to nothing: its drafts are made before it is known whether they are used."""
 
     def draft(self, asked: Sequence[tuple[Generation, int]]) -> list[Draft]:
-        """For each generation up to so many tokens that may follow its last one; a draft may be empty."""
+        """For each generation up to so many tokens that may follow its last one, or what is assumed to follow that; a
+        draft may be empty."""
         ...
 
     def seconds(self, count: int, gamma: int) -> float:
@@ -123,8 +124,12 @@ class NgramDrafter:
         index = self._indexes.get(generation.serial)
         if index is None:
             index = self._indexes[generation.serial] = NgramIndex()
-        position, length = index.match(generation.tokens, generation.tokens)
-        return Draft(continuation(generation.tokens, position, most), length.bit_length()) if length else NOTHING
+        text: Sequence[int] = generation.tokens
+        tail = text
+        if generation.assumed:
+            text, tail = [*text, *generation.assumed], [*text[-LONGEST_MATCH:], *generation.assumed]
+        position, length = index.match(generation.tokens, tail)
+        return Draft(continuation(text, position, most), length.bit_length()) if length else NOTHING
 
     def seconds(self, count: int, gamma: int) -> float:
         """See `Drafter`."""
@@ -147,11 +152,14 @@ class _Following:
         self._right = 1
         """Tokens in a row that were as predicted."""
 
-    def draft(self, answer: Sequence[int], most: int) -> Draft:
+    def draft(self, answer: Sequence[int], assumed: Sequence[int], most: int) -> Draft:
         for place in range(self._read, len(answer)):
             self._step(answer[max(0, place - 1) : place + 1])
         self._read = len(answer)
-        return Draft(tuple(self._prediction[self._at : self._at + most]), min(self._right, 15).bit_length())
+        at = self._at + len(assumed)
+        if tuple(self._prediction[self._at : at]) != tuple(assumed):
+            return NOTHING
+        return Draft(tuple(self._prediction[at : at + most]), min(self._right, 15).bit_length())
 
     def _step(self, last: Sequence[int]) -> None:
         """Compare the next token, the second one of `last`."""
@@ -189,7 +197,8 @@ class PredictionDrafter:
         following = self._following.get(generation.serial)
         if following is None:
             following = self._following[generation.serial] = _Following(generation.request.prediction)
-        return following.draft(generation.tokens[len(generation.request.prompt) :], most)
+        answer = generation.tokens[len(generation.request.prompt) :]
+        return following.draft(answer, generation.assumed, most)
 
     def seconds(self, count: int, gamma: int) -> float:
         """See `Drafter`."""

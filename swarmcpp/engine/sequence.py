@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
 
@@ -34,6 +34,8 @@ class Generation:
     bad_blocks: bool = False
     queue_s: float = 0.0
     begun_s: float = 0.0
+    assumed: list[int] = field(default_factory=list)
+    """Guesses that are taken to follow `tokens`, whose rows are on their way."""
 
     @property
     def remaining(self) -> int:
@@ -59,7 +61,9 @@ class Generation:
 
     def rows(self, chunk: Chunk) -> list[int]:
         """The tokens of a chunk of it."""
-        return [*self.tokens[chunk.start : chunk.start + chunk.count - len(chunk.guesses)], *chunk.guesses]
+        first = (chunk.follows,) if chunk.follows >= 0 else ()
+        end = chunk.start + chunk.count - len(chunk.guesses) - len(first)
+        return [*self.tokens[chunk.start : end], *first, *chunk.guesses]
 
     def accept(self, tokens: Sequence[Token], eog_tokens: Collection[int], n_ctx: int, now: float) -> TokenPart:
         """Take the next tokens, up to one that ends it; what its reader is told of them."""

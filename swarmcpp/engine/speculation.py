@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import prod
 from operator import mul
 from typing import Final
 
@@ -45,6 +46,10 @@ WORTH: Final = 1.02
 
 TRIAL_SHARE: Final = 0.01
 """Of the time may go into guesses that do not seem to pay, to learn whether they do by now."""
+
+HOPE: Final = 0.4
+"""How likely all guesses before it must be for a chunk to go out before they are verified: it costs a stage's time that
+nobody else wants, and what the next chunk waits for it."""
 
 MOST_SAVED: Final = 5.0
 """Passes that trials may take at once: what was saved up while there was nothing to try is not all spent."""
@@ -157,8 +162,8 @@ class Speculation:
         self._n_ctx = n_ctx
         self._of_all: dict[_Key, Acceptance] = {}
         self._of_one: dict[int, dict[_Key, Acceptance]] = {}
-        self._used: dict[int, tuple[_Key, int]] = {}
-        """For each generation whose guesses are being verified: whose they are, and how many."""
+        self._used: dict[int, list[tuple[_Key, int]]] = {}
+        """For each generation the chunks that are being verified, in their order: whose guesses, and how many."""
         self._trial_s = 0.0
 
     def widen(
@@ -185,7 +190,7 @@ class Speculation:
         for each in plan.wide:
             if each.drafter and each.draft.tokens:
                 key = (each.drafter.name, each.draft.trust)
-                self._used[each.generation.serial] = key, min(gamma, len(each.draft.tokens))
+                self._used.setdefault(each.generation.serial, []).append((key, min(gamma, len(each.draft.tokens))))
         return {each.chunk.slot: each.widened(gamma) for each in plan.wide} if gamma else {}
 
     def _chosen(self, candidates: Sequence[_Candidate], n_chunks: int, base_s: float, cost: CostModel) -> _Plan | None:
@@ -265,16 +270,39 @@ class Speculation:
 
     def verified(self, generation: Generation, part: TokenPart) -> TokenPart:
         """Learn from the tokens that came of the generation's last chunk; they, with the counts of its guesses."""
-        used = self._used.pop(generation.serial, None)
-        if used is None:
+        used = self._used.get(generation.serial)
+        if not used:
             return part
-        key, guesses = used
+        key, guesses = used.pop(0)
         accepted = min(len(part.tokens) - 1, guesses)
         request = generation.request.id
         diag(logger, "speculation", request=request, drafter=key[0], trust=key[1], drafted=guesses, accepted=accepted)
         # What would have followed the last token nobody knows.
         self._acceptance(generation, key).note(accepted if part.finish else guesses, accepted)
         return msgspec.structs.replace(part, drafted=guesses, accepted=accepted)
+
+    def further(self, slot: int, generation: Generation, gamma: int) -> Chunk | None:
+        """A chunk behind those of the generation that are being verified, on the guess that they hold: what is
+        `assumed`, and one token more. None when that is not likely, or nobody guesses so far ahead."""
+        start = len(generation.tokens) + len(generation.assumed)
+        used = self._used.get(generation.serial)
+        most = min(gamma, generation.to_come - len(generation.assumed) - 2, self._n_ctx - start - 1)
+        if not used or most < 1:
+            return None
+        key = used[-1][0]
+        # The token that comes with each chunk beside its guesses has been guessed as well.
+        if prod(self._acceptance(generation, key).rates(len(generation.assumed) + 1)) < HOPE:
+            return None
+        drafter = next(each for each in self._drafters if each.name == key[0])
+        tokens = drafter.draft([(generation, 1 + most)])[0].tokens if drafter.free else ()
+        if len(tokens) < 2:
+            return None
+        used.append((key, len(tokens) - 1))
+        return Chunk(slot, start, len(tokens), last=True, guesses=tokens[1:], follows=tokens[0])
+
+    def void(self, generation: Generation) -> None:
+        """Nothing that is being verified of it holds."""
+        self._used.pop(generation.serial, None)
 
     def forget(self, generation: Generation) -> None:
         """It has ended, or goes on elsewhere."""

@@ -50,6 +50,12 @@ class StageSequence:
     place: int = -1
     """The slot that its head wants for it."""
     sampler: SamplerLike | None = None
+    drawn: tuple[int, int] = (-1, -1)
+    """The position of the token that was drawn last, and its id."""
+
+    def holds(self, part: RunPart) -> bool:
+        """Whether the guess that a part is built on is right, if it is on one."""
+        return part.follows < 0 or self.drawn == (part.start, part.follows)
 
 
 class StageLoop:
@@ -293,15 +299,17 @@ class StageLoop:
                 raise DecodeFailed(f"this stage cannot send on what it computed: {error}") from error
         asked = [(part, each) for part, each in zip(message.parts, sequences, strict=True) if part.outputs]
         # Before anything is drawn: a pass that failed has not moved anybody's random numbers.
-        if not all(self._backend.finite(each.slot) for _, each in asked):
+        if not all(self._backend.finite(each.slot) for part, each in asked if each.holds(part)):
             raise DecodeFailed("logits that are not finite came out of the last stage")
         return tuple(self._draw(part, each) for part, each in asked), None
 
     def _draw(self, part: RunPart, sequence: StageSequence) -> tuple[Token, ...]:
         sampler = sequence.sampler
-        if sampler is None:
-            raise StageLost("a sequence lost its sampler; open it again")
-        return tuple(drawn_tokens(part.guesses, lambda at: self._backend.sample(sampler, sequence.slot, at)))
+        if sampler is None or not sequence.holds(part):
+            return ()
+        tokens = drawn_tokens(part.guesses, lambda at: self._backend.sample(sampler, sequence.slot, at))
+        sequence.drawn = part.start + part.count - part.outputs + len(tokens), tokens[-1].id
+        return tuple(tokens)
 
     # -- blocks --------------------------------------------------------------------------------------------------
 

@@ -191,9 +191,11 @@ def passed(reply: Reply, ref: StageRef, work: Pass) -> Passed:
             node=reply.node if reply.node in nodes else ref.node,
             reason=reply.code if reply.code in by_code() else SwarmError.code,
         )
-    wanted, stages = [part.outputs for part in work.parts if part.outputs], 1 + len(work.onward)
+    wanted, stages = [part for part in work.parts if part.outputs], 1 + len(work.onward)
     told = [len(each) for each in reply.tokens]
-    fits = len(told) == len(wanted) and all(1 <= got <= most for got, most in zip(told, wanted, strict=True))
+    fits = len(told) == len(wanted) and all(
+        (part.follows < 0) <= got <= part.outputs for got, part in zip(told, wanted, strict=True)
+    )
     if not fits or not all(0 <= token.id <= MAX_ID for each in reply.tokens for token in each):
         raise _bad_answer(ref, f"tokens of {len(told)} parts, or some that are none, instead of {len(wanted)}")
     if len(reply.times) != stages or not all(math.isfinite(s) and s >= 0 for times in reply.times for s in times):

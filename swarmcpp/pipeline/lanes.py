@@ -11,15 +11,15 @@ from functools import partial
 from itertools import count
 from typing import Protocol
 
-from swarmcpp.core import MAX_OUTPUTS, Chunk, Clock, Token
-from swarmcpp.engine.scheduler import CostModel, Policy, Scheduler, SlotView
+from swarmcpp.core import Chunk, Clock, Token
+from swarmcpp.engine.scheduler import Policy, Scheduler, SlotView
 from swarmcpp.engine.sequence import gap
-from swarmcpp.engine.speculation import Speculation
 from swarmcpp.errors import PeerTimeout, StageFailed, StageLost
 from swarmcpp.llama.rows import encode_rows
 from swarmcpp.pipeline.contract import Pass, Passed, StageRef
 from swarmcpp.pipeline.plan import regroup
 from swarmcpp.pipeline.runs import Broken, Chain, ModelFacts, PipelinePolicy, Run, Surroundings
+from swarmcpp.pipeline.windows import Windows
 from swarmcpp.route.patience import FADING, expected_s, limit_s
 from swarmcpp.telemetry import diag
 from swarmcpp.wire.codec import RowEncoding
@@ -41,7 +41,7 @@ SENT_S = 0.001
 def _follows(tokens: Sequence[Token], chunk: Chunk) -> bool:
     """Whether tokens can be what came of a chunk: its guesses as far as they go, then one more."""
     ids = tuple(token.id for token in tokens)
-    return 0 < len(ids) <= chunk.outputs and ids[:-1] == chunk.guesses[: len(ids) - 1]
+    return len(ids) <= chunk.outputs and ids[:-1] == chunk.guesses[: max(0, len(ids) - 1)]
 
 
 class LaneWatch(Protocol):
@@ -70,13 +70,15 @@ class LaneWatch(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """A pass on its way: each run with its epoch and rows."""
+    """A pass on its way: each run with its stamp and rows."""
 
-    parts: tuple[tuple[Run, int, Chunk], ...]
+    parts: tuple[tuple[Run, tuple[int, int], Chunk], ...]
     decode: bool
     begun: float
     expected_s: float
     over: asyncio.Future[None]
+    alone: bool
+    """Nothing else was on its way when it began."""
     timer: asyncio.TimerHandle | None = None
     past_first: bool = False
     """The first stage has computed it, if that is on this node."""
@@ -116,16 +118,13 @@ class Lane:
         # A decode row waits behind every chunk that is on its way to the slowest stage.
         budget_s = policy.prefill_budget_s / self._window
         self._scheduler = Scheduler(Policy(policy.prefill_chunk_tokens, budget_s))
-        self._round = CostModel()
-        """Of decode passes from the head round to the head."""
-        self._speculation = Speculation(
-            [make() for make in policy.drafters], gamma=policy.gamma, max_rows=MAX_OUTPUTS, n_ctx=facts.ctx_size
-        )
+        self._windows = Windows(policy, facts.ctx_size)
         self._planned: deque[tuple[Chunk, ...]] = deque()
         self._untold: list[Run] = []
         """Runs with tokens that their readers do not have yet."""
         self._telling: asyncio.TimerHandle | None = None
-        self._decodes = self._prefills = 0
+        self._decodes: set[_Flight] = set()
+        self._prefills = 0
         self._before_first = 0
         """Passes of prompts that the first stage has not computed yet."""
         self._waiting_s = 0.0
@@ -142,7 +141,7 @@ class Lane:
     @property
     def in_flight(self) -> int:
         """Passes on their way."""
-        return self._decodes + self._prefills
+        return len(self._decodes) + self._prefills
 
     def join(self, run: Run) -> None:
         """Let an opened run compute here."""
@@ -156,7 +155,7 @@ class Lane:
 
     def leave(self, run: Run) -> None:
         """Forget a run; passes with rows of it go on, and what they bring is not for it."""
-        self._speculation.forget(run)
+        self._windows.forget(run)
         if self.runs.get(run.place) is run:
             del self.runs[run.place]
             self._planned = deque(
@@ -175,6 +174,8 @@ class Lane:
             return
         for group in due:
             self._send_decode(group)
+        while chunk := self._further():
+            self._send((chunk,), decode=True)
         while self._may_prefill() and (chunks := self._next_chunks()):
             self._send(chunks, decode=False)
 
@@ -207,7 +208,8 @@ class Lane:
         wanted = self._micro_batches(len(members))
         self.groups = regroup(self.groups, members, wanted)
         ready = [group for group in self.groups if not any(self.runs[slot].flying for slot in group)]
-        room = max(0, wanted - self._decodes)
+        # What is void still flies, and makes nobody wait.
+        room = max(0, wanted - sum(1 for flight in self._decodes if self._live(flight)))
         return [[Chunk(slot, self.runs[slot].n_past, 1, last=True) for slot in group] for group in ready[:room]]
 
     def _close_gap(self) -> None:
@@ -258,39 +260,34 @@ class Lane:
 
     def _send_decode(self, chunks: Sequence[Chunk]) -> None:
         """Send a micro-batch, with as many guesses as pay."""
-        for group in self._speculation.widen(chunks, self.runs.__getitem__, self._round_cost()):
+        for group in self._windows.widen(chunks, self.runs, len(self.groups), self._scheduler.cost):
             self._send(group, decode=True)
 
-    def _round_cost(self) -> CostModel:
-        """Seconds between two tokens of a stream by the rows of a pass: those of the whole round; where micro-batches
-        follow one another, those in which the slowest stage makes room for the next."""
-        rounds = len(self.groups)
-        if rounds <= 1:
-            return self._round
-        slowest = dict(self._scheduler.cost.decode_s)
-        times = ((rows, max(seconds / rounds, slowest.get(rows, 0.0))) for rows, seconds in self._round.decode_s)
-        return replace(self._round, decode_s=tuple(times))
+    def _further(self) -> Chunk | None:
+        """A window of guesses that need not wait for the one before. Where there are other streams, their rows fill the
+        chain."""
+        alone = self._persistent and [len(group) for group in self.groups] == [1]
+        return self._windows.further(self.runs[self.groups[0][0]], self._scheduler.cost) if alone else None
 
     def _send(self, chunks: Sequence[Chunk], *, decode: bool) -> None:
-        parts = tuple((self.runs[chunk.slot], self.runs[chunk.slot].epoch, chunk) for chunk in chunks)
+        parts = tuple((self.runs[chunk.slot], self.runs[chunk.slot].stamp, chunk) for chunk in chunks)
         rows = sum(chunk.count for chunk in chunks)
         expected = self._expected_s(rows)
         self._waiting_s += expected or 0.0
         known = None if expected is None else max(self._waiting_s, self._longest_s)
         limit = limit_s(known, len(self.chain))
+        loop = asyncio.get_running_loop()
+        flight = _Flight(parts, decode, self._clock(), expected or 0.0, loop.create_future(), alone=not self.in_flight)
         if decode:
-            self._decodes += 1
+            self._decodes.add(flight)
         else:
             self._prefills += 1
             self._before_first += 1
-        loop = asyncio.get_running_loop()
-        flight = _Flight(parts, decode, self._clock(), expected or 0.0, loop.create_future())
         flight.timer = loop.call_later(limit, self._give_up, flight, limit)
         for run, _, chunk in parts:
             run.passes.add(flight.over)
             if decode:
-                run.flying = True
-                run.n_past += chunk.count
+                run.sent(chunk)
         try:
             self._first.begin(self._pass(parts, limit), partial(self._ended, flight), partial(self._computed, flight))
         except Exception as error:
@@ -303,11 +300,20 @@ class Lane:
         what = f"did not end a pass within {limit_s:g} s"
         self._ended(flight, self._failed(self.chain[0], PeerTimeout.code, what))
 
-    def _pass(self, parts: Sequence[tuple[Run, int, Chunk]], limit: float) -> Pass:
+    def _pass(self, parts: Sequence[tuple[Run, tuple[int, int], Chunk]], limit: float) -> Pass:
         tokens = [token for run, _, chunk in parts for token in run.rows(chunk)]
         wanted = tuple(
-            PassPart(run.sequence, epoch, chunk.start, chunk.count, chunk.outputs, chunk.slot, chunk.guesses)
-            for run, epoch, chunk in parts
+            PassPart(
+                run.sequence,
+                stamp[0],
+                chunk.start,
+                chunk.count,
+                chunk.outputs,
+                chunk.slot,
+                chunk.guesses,
+                chunk.follows,
+            )
+            for run, stamp, chunk in parts
         )
         first, onward = self._encodings
         return Pass(wanted, first, encode_rows(self._around.embed(tokens), first), self._onward, onward, limit)
@@ -402,21 +408,21 @@ class Lane:
 
     def _landed(self, flight: _Flight) -> None:
         if flight.decode:
-            self._decodes -= 1
+            self._decodes.discard(flight)
         else:
             self._prefills -= 1
         self._waiting_s = self._waiting_s - flight.expected_s if self.in_flight else 0.0
-        for run, epoch, _ in flight.parts:
+        for run, stamp, _ in flight.parts:
             run.passes.discard(flight.over)
-            if flight.decode and run.epoch == epoch:
-                run.flying = False
+            if flight.decode and run.stamp == stamp:
+                run.flying -= 1
 
     def _live(self, flight: _Flight) -> list[tuple[int, Run]]:
         """Runs that a pass was for and that still wait for it, with their part's index."""
         return [
             (index, run)
-            for index, (run, epoch, _) in enumerate(flight.parts)
-            if self.runs.get(run.place) is run and run.epoch == epoch
+            for index, (run, stamp, _) in enumerate(flight.parts)
+            if self.runs.get(run.place) is run and run.stamp == stamp
         ]
 
     def _learn(self, flight: _Flight, passed: Passed, now: float) -> None:
@@ -426,8 +432,9 @@ class Lane:
         wall_s = now - max(flight.begun, self._last_landed[flight.decode])
         self._last_landed[flight.decode] = now
         self._scheduler = self._scheduler.learned([part[2] for part in flight.parts], seconds, decode=flight.decode)
-        if flight.decode:
-            self._round = self._round.after_decode(flight.rows, took)
+        if flight.decode and (flight.alone or len(self.groups) > 1):
+            # Behind another one it takes what that takes, too.
+            self._windows.learn(flight.rows, took)
         self._watch.measured(flight.rows, seconds, wall_s, decode=flight.decode)
         diag(logger, "pipeline pass", rows=flight.rows, parts=len(flight.parts), ms=round(1000 * took, 3))
 
@@ -438,16 +445,17 @@ class Lane:
                 chunk = flight.parts[index][2]
                 self._grow(run, chunk.start, chunk.start + chunk.count)
                 continue
-            first, chunk = not run.decoding, flight.parts[index][2]
-            before = len(run.tokens)
+            if not tokens[index]:
+                raise self._failed(self.chain[-1], "wire", "answered a pass without a token that was due")
+            first, before = not run.decoding, len(run.tokens)
             part = run.accept(tokens[index], self._facts.eog_tokens, self._facts.ctx_size, now)
-            part = self._speculation.verified(run, part)
-            # Of the guesses only those stay that were right; the next pass has stages forget the others.
-            run.n_past -= chunk.outputs - len(part.tokens)
+            if flight.decode:
+                # Of the guesses only those stay that were right; the next pass has stages forget the others.
+                part = self._windows.verified(run, part)
             run.untold.append(part)
             self._untold.append(run)
             if part.finish:
-                self._speculation.forget(run)
+                self._windows.forget(run)
                 del self.runs[run.place]
                 run.place = -1
                 self._watch.ended(run)
@@ -473,7 +481,7 @@ class Lane:
             self.broken = True
             self._watch.lost(self)
         for run in list(self.runs.values()):
-            self._speculation.forget(run)
+            self._windows.forget(run)
             run.tell(Broken(error, run in own))
             run.place = -1
         self.runs.clear()

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from swarmcpp.core import TokenPart
+from swarmcpp.core import Chunk, TokenPart
 from swarmcpp.engine.drafting import Drafter
 from swarmcpp.engine.sequence import Generation
 from swarmcpp.errors import StageFailed
@@ -106,8 +106,10 @@ class Run(Generation):
     epoch: int = 0
     place: int = -1
     """Its number in a lane, which stages should give it too; -1 when it is in none."""
-    flying: bool = False
-    """Its decode row is on its way."""
+    flying: int = 0
+    """Chunks on their way of which tokens are to come."""
+    turn: int = 0
+    """How often what was assumed of it was wrong; chunks of an earlier turn are void."""
     passes: set[asyncio.Future[None]] = field(default_factory=set)
     """Those that have rows of it, outdated ones too."""
     stored: int = 0
@@ -128,9 +130,36 @@ class Run(Generation):
         self.begun_s = now
         self.n_past = position
         self.stored = 0
-        self.decoding = self.flying = False
+        self.decoding = False
+        self.void()
         if not self.sampled:
             self.cached, self.tier = position, "arena" if position else ""
+
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """What a chunk must have been sent in to count when it is back."""
+        return self.epoch, self.turn
+
+    def sent(self, chunk: Chunk) -> None:
+        """A chunk that tokens are wanted of is on its way."""
+        self.flying += 1
+        self.n_past += chunk.count
+        self.assumed += ([chunk.follows] if chunk.follows >= 0 else []) + list(chunk.guesses)
+
+    def came(self, ids: list[int]) -> bool:
+        """Compare tokens that were just accepted with what was assumed; whether chunks behind them hold."""
+        if self.assumed[: len(ids)] == ids:
+            del self.assumed[: len(ids)]
+            return True
+        self.n_past = len(self.tokens) - 1
+        self.void()
+        return False
+
+    def void(self) -> None:
+        """Nothing that is on its way counts any more."""
+        self.turn += 1
+        self.flying = 0
+        self.assumed.clear()
 
     @property
     def is_waited_for(self) -> bool:

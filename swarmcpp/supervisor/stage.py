@@ -155,7 +155,8 @@ class StageSupervisor(EngineProcess):
             if not opened.placed:
                 raise StageLost("a sequence that was opened and not resumed; resume it first")
             spans.append((opened, part.start, part.count))
-            wanted.append(RunPart(opened.serial, part.start, part.count, part.outputs, part.place, part.guesses))
+            what = (part.outputs, part.place, part.guesses, part.follows)
+            wanted.append(RunPart(opened.serial, part.start, part.count, *what))
         n_bytes = rows.nbytes if isinstance(rows, memoryview) else len(rows)
         self._check_room(n_bytes)
         run = self._runs + 1

@@ -109,8 +109,8 @@ class Place(msgspec.Struct, frozen=True, tag="place"):
 
 
 class RunPart(msgspec.Struct, frozen=True, array_like=True):
-    """Rows of one sequence: `count` from position `start`, to which its KV is cut back. `outputs`, `place`, `guesses`:
-    see `PassPart`."""
+    """Rows of one sequence: `count` from position `start`, to which its KV is cut back. `outputs`, `place`, `guesses`,
+    `follows`: see `PassPart`."""
 
     serial: int
     start: int
@@ -118,6 +118,7 @@ class RunPart(msgspec.Struct, frozen=True, array_like=True):
     outputs: int
     place: int = -1
     guesses: tuple[int, ...] = ()
+    follows: int = -1
 
 
 class Run(msgspec.Struct, frozen=True, tag="run"):

@@ -144,7 +144,8 @@ class PassPart(msgspec.Struct, frozen=True, array_like=True):
     first token that is none of these. `epoch`: that of the sequence's last `open`; rows of an earlier one are refused.
     `place`: the number that the sequence should have among those of the stage, -1 for any. Those of one pass should be
     neighbours, as llama.cpp reads all weights once for each run of neighbours; a stage moves KV for it, unless the
-    place belongs to another.
+    place belongs to another. `follows`: the first row is of this guess; unless that was drawn last, and for this
+    position, the part is void: stages compute it, but nothing is sampled, and its tokens are none.
     """
 
     sequence: BlockId
@@ -154,6 +155,7 @@ class PassPart(msgspec.Struct, frozen=True, array_like=True):
     outputs: int
     place: int = -1
     guesses: Annotated[tuple[int, ...], Meta(max_length=MAX_OUTPUTS)] = ()
+    follows: int = -1
 
 
 class RunStage(_OfStage, frozen=True, tag="run-stage"):

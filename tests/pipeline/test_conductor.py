@@ -5,70 +5,39 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from engine_support import prompt_of, sampled_of
-from pipeline_support import GREEDY, N_CTX, N_VOCAB, Rendezvous, Swarm, ThreadStage, policy, until
+from engine_support import sampled_of
+from pipeline_support import (
+    GREEDY,
+    N_CTX,
+    N_VOCAB,
+    Rendezvous,
+    SwarmMaker,
+    ThreadStage,
+    Whole,
+    groups_of,
+    head,
+    in_flight,
+    parts_of,
+    policy,
+    request,
+    run,
+    until,
+)
 from trained_models import BEGINNINGS, TRAINED_LAYERS, trained_model
 
-from swarmcpp.core import GenerateRequest, SamplingParams, TokenPart
+from swarmcpp.core import SamplingParams
 from swarmcpp.errors import Cancelled, NotReady, PeerLost, PromptTooLong, QueueFull, StageFailed
 from swarmcpp.pipeline import lanes
 from swarmcpp.pipeline.conductor import MAX_FAILURES, Conductor
 from swarmcpp.pipeline.contract import Pass, Passed, StageRef
 from swarmcpp.pipeline.finding import PATIENCE_S
-from swarmcpp.pipeline.runs import Ask, Chain, PipelinePolicy
+from swarmcpp.pipeline.runs import Ask, Chain
 from swarmcpp.testing import FakeClock
-
-SwarmMaker = Callable[..., Swarm]
-Whole = Callable[..., list[list[int]]]
-
-
-def request(
-    length: int, max_tokens: int = 20, seed: int = 0, sampling: SamplingParams = GREEDY, prompt: Sequence[int] = ()
-) -> GenerateRequest:
-    return GenerateRequest(f"r{seed}", "m", tuple(prompt) or prompt_of(length, seed, N_VOCAB), max_tokens, sampling)
-
-
-def in_flight(conductor: Conductor) -> int:
-    """Passes on their way."""
-    return sum(lane.in_flight for lane in conductor._lanes.values())
-
-
-def micro_batches(conductor: Conductor) -> int:
-    return sum(len(lane.groups) for lane in conductor._lanes.values())
-
-
-@asynccontextmanager
-async def head(
-    swarm: Swarm, with_policy: PipelinePolicy | None = None, *, caching: bool = True
-) -> AsyncIterator[Conductor]:
-    made = Conductor(swarm.facts, with_policy or policy(), swarm.surroundings(caching=caching), time.monotonic)
-    try:
-        yield made
-    finally:
-        await made.close()
-    assert not any(stage.held for stage in swarm.all), "a sequence stayed open"
-    assert made.ahead == 0
-    assert made.stats.slots_busy == in_flight(made) == 0
-
-
-async def parts_of(conductor: Conductor, wanted: GenerateRequest) -> list[TokenPart]:
-    async with aclosing(conductor.tokens(conductor.admit(wanted))) as parts:
-        return [part async for part in parts]
-
-
-async def run(conductor: Conductor, requests: Sequence[GenerateRequest]) -> list[list[int]]:
-    answers = await asyncio.gather(*(parts_of(conductor, each) for each in requests))
-    for parts in answers:
-        assert [part.finish for part in parts[:-1]] == [None] * (len(parts) - 1)
-        assert parts[-1].finish
-    return [[token for part in parts for token in part.ids] for parts in answers]
-
 
 EIGHT = [request(length, 60, seed) for seed, length in enumerate((3, 40, 64, 70, 130, 200, 129, 20))]
 
@@ -170,7 +139,7 @@ async def test_micro_batches_are_computed_at_the_same_time(swarm_of: SwarmMaker,
     requests = [replace(each, max_tokens=100) for each in EIGHT[:4]]
     async with head(swarm) as conductor:
         running = asyncio.create_task(run(conductor, requests))
-        await until(lambda: micro_batches(conductor) == 2 and in_flight(conductor) == 2, "two in flight")
+        await until(lambda: groups_of(conductor) == 2 and in_flight(conductor) == 2, "two in flight")
         assert await running == whole(requests)
     assert meeting.met == 20
     assert swarm.all[0].passes[40:50] == [(1, 1)] * 10

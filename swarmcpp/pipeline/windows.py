@@ -1,0 +1,68 @@
+"""Windows of guesses that the passes of a lane verify: how wide, and how many on their way at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import ceil
+from typing import Final
+
+from swarmcpp.core import MAX_OUTPUTS, Chunk, TokenPart
+from swarmcpp.engine.scheduler import CostModel
+from swarmcpp.engine.speculation import Speculation
+from swarmcpp.pipeline.runs import PipelinePolicy, Run
+
+MOST_WINDOWS: Final = 8
+"""Of one stream on their way: further ones are hardly ever right."""
+
+
+class Windows:
+    """Guesses for the runs of one lane. Seconds are of passes; `slowest` are those of the slowest stage by rows."""
+
+    def __init__(self, policy: PipelinePolicy, n_ctx: int) -> None:
+        drafters = [make() for make in policy.drafters]
+        self._speculation = Speculation(drafters, gamma=policy.gamma, max_rows=MAX_OUTPUTS, n_ctx=n_ctx)
+        self._round = CostModel()
+        """From the head round to the head, when nothing else is on its way or the chain is full."""
+        self._gamma = 0
+        """Guesses of each chunk of the last decode pass."""
+
+    def widen(
+        self, chunks: Sequence[Chunk], runs: Mapping[int, Run], rounds: int, slowest: CostModel
+    ) -> tuple[tuple[Chunk, ...], ...]:
+        """The decode rows of a micro-batch, one of `rounds`, with as many guesses as pay; a group is a pass."""
+        cost = self._round if rounds <= 1 else self._shared(rounds, slowest)
+        groups = self._speculation.widen(chunks, runs.__getitem__, cost)
+        self._gamma = len(groups[-1][0].guesses) if groups else 0
+        return groups
+
+    def _shared(self, rounds: int, slowest: CostModel) -> CostModel:
+        """Where micro-batches follow one another a pass takes the time in which the slowest stage makes room for it."""
+        known = dict(slowest.decode_s)
+        times = ((rows, max(seconds / rounds, known.get(rows, 0.0))) for rows, seconds in self._round.decode_s)
+        return replace(self._round, decode_s=tuple(times))
+
+    def further(self, run: Run, slowest: CostModel) -> Chunk | None:
+        """A window behind those of the only stream that are on their way, on the guess that these hold: while a round
+        takes longer than its slowest stage, that has nothing else to do."""
+        rows = 1 + self._gamma
+        stage_s = slowest.decode_cost(rows)
+        if not self._gamma or not run.flying or stage_s <= 0:
+            return None
+        wanted = min(MOST_WINDOWS, ceil(self._round.decode_cost(rows) / stage_s))
+        return self._speculation.further(run.place, run, self._gamma) if run.flying < wanted else None
+
+    def learn(self, rows: int, seconds: float) -> None:
+        """A decode pass of `rows` rows took so long from the head round to the head."""
+        self._round = self._round.after_decode(rows, seconds)
+
+    def verified(self, run: Run, part: TokenPart) -> TokenPart:
+        """Tokens that came of a decode chunk of `run` and are accepted; they, with the counts of its guesses."""
+        part = self._speculation.verified(run, part)
+        if not run.came(part.ids):
+            self._speculation.void(run)
+        return part
+
+    def forget(self, run: Run) -> None:
+        """It has ended, or goes on elsewhere."""
+        self._speculation.forget(run)
