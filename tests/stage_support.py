@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from engine_support import ids_of
 
-from swarmcpp.core import GenerateRequest
+from swarmcpp.core import GenerateRequest, Sampled
 from swarmcpp.engine.stageloop import StageLoop
 from swarmcpp.llama.context import ContextOptions, Model
 from swarmcpp.llama.rows import encode_rows
@@ -114,7 +114,16 @@ class Chain:
             RunPart(serial, start, len(tokens), outputs, places.get(serial, -1))
             for serial, (start, tokens) in work.items()
         )
-        tokens = [token for _, each in work.values() for token in each]
+        told = self.pass_on(parts, [token for _, each in work.values() for token in each])
+        return dict(zip(work, ids_of(told), strict=True)) if outputs else {}
+
+    def window(self, serial: int, start: int, tokens: Sequence[int], follows: int = -1) -> list[int]:
+        """One pass over a token and guesses at what follows it; the tokens that came."""
+        part = RunPart(serial, start, len(tokens), len(tokens), guesses=tuple(tokens[1:]), follows=follows)
+        return ids_of(self.pass_on((part,), tokens))
+
+    def pass_on(self, parts: tuple[RunPart, ...], tokens: Sequence[int]) -> Sampled:
+        """Compute these rows at one stage after another."""
         frame: Buffer | None = encode_rows(self.table.rows(tokens), "f32")
         encoding: RowEncoding = "f32"
         for stage in self.stages:
@@ -124,7 +133,7 @@ class Chain:
             assert (ran.run, ran.code, ran.message) == (self._runs, "", "")
             encoding = self.wire
         assert frame is None
-        return dict(zip(work, ids_of(ran.tokens), strict=True)) if outputs else {}
+        return ran.tokens
 
     def greedy(self, requests: Mapping[int, GenerateRequest], steps: int) -> dict[int, list[int]]:
         """`steps` tokens of each serial, whose prompts are computed one by one and whose answers together."""

@@ -115,11 +115,60 @@ def test_stages_say_what_the_whole_model_says(path: Path, whole: LlamaBackend, c
     chain.close()
 
 
+def test_a_tail_has_room_for_so_many_outputs(tail: Stage) -> None:
+    tail.place(1, request(prompt_of(5), 5))
+    ran, _ = run(tail, [RunPart(1, 0, 49, 49, guesses=(1,) * 48)])
+    assert (ran.code, ran.message) == ("wire", "49 outputs in a pass, which has at most 48")
+    assert len(run(tail, [RunPart(1, 0, 48, 48, guesses=(1,) * 47)])[0].tokens[0]) >= 1
+
+
 def test_rows_as_q8_0_give_tokens_too(path: Path) -> None:
     chain = Chain(path, wire="q8_0")
     told = chain.greedy(prompts(2), 10)
     assert [len(tokens) for tokens in told.values()] == [10, 10]
     chain.close()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+def test_guesses_are_verified_as_far_as_they_are_right(
+    chain: Chain, whole: LlamaBackend, sampling: SamplingParams
+) -> None:
+    asked = request(prompt_of(20, 3, N_VOCAB), STEPS, sampling=sampling)
+    expected = alone(whole, asked)
+    chain.place(1, asked)
+    told = [chain.run({1: (0, asked.prompt)})[1]]
+    for right, wrong in ((3, 2), (0, 4), (5, 0), (1, 1), (6, 1)):
+        at = len(told)
+        guesses = [*expected[at : at + right], *((each + 1) % N_VOCAB for each in expected[at + right :][:wrong])]
+        came = chain.window(1, 19 + at, [told[-1], *guesses])
+        assert came == expected[at : at + right + 1]
+        told += came
+    chain.go_on({1: asked}, {1: told}, STEPS)
+    assert told == expected
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+def test_what_follows_a_wrong_guess_is_void(chain: Chain, whole: LlamaBackend, sampling: SamplingParams) -> None:
+    asked = request(prompt_of(20, 3, N_VOCAB), STEPS, sampling=sampling)
+    expected = alone(whole, asked)
+    chain.place(1, asked)
+    told = [chain.run({1: (0, asked.prompt)})[1]]
+    # Two windows, the second on the right guess that the first one holds, with the token that it brings beside.
+    told += chain.window(1, 20, expected[:3])
+    assert told == expected[:4]
+    told += chain.window(1, 23, expected[3:6], follows=expected[3])
+    assert told == expected[:7]
+    # The next one is wrong in its last guess: nothing that was sent behind it counts, be its first token right or not.
+    other = (expected[8] + 1) % N_VOCAB
+    told += chain.window(1, 26, [expected[6], expected[7], other])
+    assert told == expected[:9]
+    assert chain.window(1, 29, expected[9:12], follows=expected[9]) == []
+    assert chain.window(1, 32, expected[12:15], follows=expected[12]) == []
+    # At the right place, but of another token than was drawn there.
+    assert chain.window(1, 28, [other, *expected[9:11]], follows=other) == []
+    # What is known goes on from where it stood, with no random number lost.
+    chain.go_on({1: asked}, {1: told}, STEPS)
+    assert told == expected
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
@@ -229,6 +278,8 @@ GOOD = RunPart(1, 4, 1, 0)
         ([RunPart(1, 0, 513, 0)], None, "wire", "513 rows"),
         ([RunPart(1, 4, 2, 0), RunPart(2, 0, -1, 0)], None, "wire", "1 rows in 2 parts"),
         ([GOOD, GOOD], None, "wire", "two parts of one sequence"),
+        ([RunPart(1, 4, 2, 3)], None, "wire", "3 outputs of 2 rows"),
+        ([RunPart(1, 4, 2, 2)], None, "wire", "2 outputs of 2 rows with 0 guesses"),
         ([RunPart(1, 4, 509, 0)], None, "wire", "509 rows from position 4, where a sequence holds 512"),
         ([GOOD], b"", "wire", "0 bytes of f32 for 1 rows of 64 values, which take 256"),
         ([GOOD], rows_of(2), "wire", "512 bytes"),
