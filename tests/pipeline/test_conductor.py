@@ -162,8 +162,8 @@ async def test_the_number_of_micro_batches_follows_the_measured_times(swarm_of: 
     swarm.curve = ((1, 0.01), (4, 0.01))
     async with head(swarm) as conductor:
         await run(conductor, [request(20, 30, seed) for seed in range(4)])
-    assert (1, 1, 1, 1) in swarm.all[0].passes
-    assert (1, 1) not in swarm.all[0].passes[-20:]
+    # Before the last one has joined, and after the first one has ended, there are fewer.
+    assert swarm.all[0].passes.count((1, 1, 1, 1)) > swarm.all[0].passes.count((1, 1))
     swarm.all[0].passes.clear()
     swarm.curve = ((1, 0.01), (2, 0.02), (4, 0.04))
     async with head(swarm) as conductor:
