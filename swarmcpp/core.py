@@ -79,7 +79,7 @@ class GenerateRequest:
     drafter: str = ""
     """The only one that may guess ahead for it (see `engine.drafting.DrafterName`); "none": nobody; "": whoever can."""
     gamma: int = -1
-    """Most tokens that are guessed at a time; -1: as many as pay."""
+    """Most tokens that are guessed at a time, and always so many if a drafter is named; -1: as many as pay."""
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True):

@@ -171,9 +171,11 @@ class Speculation:
     ) -> tuple[tuple[Chunk, ...], ...]:
         """Decode chunks in groups of equally many rows, each for one call; those that have guesses come last."""
         base_s = cost.decode_cost(len(chunks))
+        candidates = self._candidates(chunks, generations) if self._drafters else []
+        plan = self._ordered(candidates)
         # Without any measure yet nothing can be weighed.
-        candidates = self._candidates(chunks, generations) if self._drafters and base_s > 0 else []
-        plan = self._chosen(candidates, len(chunks), base_s, cost) if candidates else None
+        if plan is None and candidates and base_s > 0:
+            plan = self._chosen(candidates, len(chunks), base_s, cost)
         wide = self._drafted(plan) if plan else {}
         rest = tuple(chunk for chunk in chunks if chunk.slot not in wide)
         guessed = tuple(wide[chunk.slot] for chunk in chunks if chunk.slot in wide)
@@ -192,6 +194,19 @@ class Speculation:
                 key = (each.drafter.name, each.draft.trust)
                 self._used.setdefault(each.generation.serial, []).append((key, min(gamma, len(each.draft.tokens))))
         return {each.chunk.slot: each.widened(gamma) for each in plan.wide} if gamma else {}
+
+    def _ordered(self, candidates: Sequence[_Candidate]) -> _Plan | None:
+        """What requests say that name a drafter and a number: that is not weighed. None if there are none; of those
+        that differ, what the first one says."""
+        forced = [each for each in candidates if each.generation.request.drafter and each.generation.request.gamma > 0]
+        if not forced:
+            return None
+        wanted = forced[0].generation.request
+        wide = [each for each in forced if each.generation.request.drafter == wanted.drafter and each.most > 0]
+        drafter = next((each for each in self._drafters if each.name == wanted.drafter), None)
+        if drafter is None or not wide or not (drafter.free is False or any(each.brings for each in wide)):
+            return None
+        return _Plan(wide, self._room(wide), 0.0, 1.0, None if drafter.free else drafter, wide)
 
     def _chosen(self, candidates: Sequence[_Candidate], n_chunks: int, base_s: float, cost: CostModel) -> _Plan | None:
         """The plan with the most tokens per second; None when the chunks as they are have that."""

@@ -165,6 +165,11 @@ def test_what_a_request_says_holds() -> None:
         each.request = replace(each.request, drafter=drafter, gamma=gamma)
     assert rig.widen() == (tuple(Chunk(slot, 0, 1, last=True) for slot in range(3)),)
     rig.generations[1].request = replace(rig.generations[1].request, gamma=3)
+    rig.rate(right=0, steps=20)
+    forced = replace(rig.generations[2].request, drafter="ngram", gamma=5)
+    rig.generations[2].request = forced
+    assert [len(chunk.guesses) for group in rig.widen() for chunk in group] == [0, 0, 5]
+    rig.generations[2].request = replace(forced, drafter="prediction")
     for _ in range(20):
         rig.step(8)
     assert max(len(chunk.guesses) for group in rig.widen() for chunk in group) <= 3
