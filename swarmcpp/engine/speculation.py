@@ -189,11 +189,13 @@ class Speculation:
             for each, draft in zip(plan.asked, drafts, strict=True):
                 each.draft, each.drafter = draft, plan.drafter
             gamma = min(gamma, max(len(each.draft.tokens) for each in plan.wide))
+        if gamma < 1:
+            return {}
         for each in plan.wide:
             if each.drafter and each.draft.tokens:
                 key = (each.drafter.name, each.draft.trust)
                 self._used.setdefault(each.generation.serial, []).append((key, min(gamma, len(each.draft.tokens))))
-        return {each.chunk.slot: each.widened(gamma) for each in plan.wide} if gamma else {}
+        return {each.chunk.slot: each.widened(gamma) for each in plan.wide}
 
     def _ordered(self, candidates: Sequence[_Candidate]) -> _Plan | None:
         """What requests say that name a drafter and a number: that is not weighed. None if there are none; of those

@@ -175,6 +175,16 @@ def test_what_a_request_says_holds() -> None:
     assert max(len(chunk.guesses) for group in rig.widen() for chunk in group) <= 3
 
 
+def test_more_that_must_guess_than_there_is_room_for_guess_nothing() -> None:
+    rig = Rig(8, rows=8)
+    for each in rig.generations:
+        each.request = replace(each.request, drafter="ngram", gamma=4)
+    for _ in range(3):
+        assert [chunk.guesses for group in rig.widen() for chunk in group] == [()] * 8
+    # Nothing is left of them that the next tokens would be counted for.
+    assert rig.speculation.verified(rig.generations[0], part_of([5])) == part_of([5])
+
+
 def test_nothing_is_guessed_before_a_pass_was_measured() -> None:
     rig = Rig(cost=CostModel())
     assert rig.widen() == ((Chunk(0, 0, 1, last=True),),)
