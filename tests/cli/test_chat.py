@@ -225,6 +225,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(server: FakeOpenAI) -> None
     terminal.wait_text("> ", 3)
     terminal.interrupt()
     terminal.wait_text("Ctrl-C again leaves")
+    terminal.wait_text("> ", 4)
     terminal.interrupt()
     assert terminal.wait_exit() == 0
     assert "Traceback" not in terminal.text and "\x1b[31m" not in terminal.text

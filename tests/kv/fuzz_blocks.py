@@ -39,6 +39,7 @@ class Sink:
     """Where llama.cpp would be: it counts the states that reach it."""
 
     n_seqs = 2
+    n_outputs = 2
     n_ctx = 64
 
     def __init__(self) -> None:
