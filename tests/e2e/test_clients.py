@@ -58,8 +58,11 @@ async def test_openai_stream(client: openai.AsyncOpenAI) -> None:
             text += choice.delta.content or ""
             finish = choice.finish_reason or finish
     assert (text, finish) == (whole.choices[0].message.content, "length")
-    assert usage is not None
-    assert usage == whole.usage
+    assert usage is not None and whole.usage is not None
+    # How much was guessed ahead depends on what passes took.
+    assert usage.model_copy(update={"completion_tokens_details": None}) == whole.usage.model_copy(
+        update={"completion_tokens_details": None}
+    )
     assert usage.completion_tokens == 40
 
 
