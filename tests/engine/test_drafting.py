@@ -103,6 +103,15 @@ def test_an_answer_comes_back_to_its_prediction() -> None:
     assert follow(dropped, predicted, 9) <= 19 + 4
 
 
+def test_a_prediction_goes_on_behind_what_is_assumed_of_it_alone() -> None:
+    running = generation([0, 1, 2], prediction=range(1, 20))
+    running.assumed = [3, 4]
+    drafter = PredictionDrafter()
+    assert drafter.draft([(running, 3)])[0].tokens == (5, 6, 7)
+    running.assumed = [3, 9]
+    assert drafter.draft([(running, 3)]) == [NOTHING]
+
+
 @given(st.lists(st.integers(0, 5), max_size=40), st.lists(st.integers(0, 5), max_size=40), st.integers(1, 8))
 def test_no_prediction_stops_an_answer(answer: list[int], predicted: list[int], gamma: int) -> None:
     assert follow(answer, predicted, gamma) <= len(answer)

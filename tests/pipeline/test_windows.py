@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import pytest
 from engine_support import prompt_of
-from pipeline_support import GREEDY, N_VOCAB, Swarm, SwarmMaker, Whole, head, parts_of, policy, request, run
+from pipeline_support import GREEDY, N_VOCAB, Held, Swarm, SwarmMaker, Whole, head, parts_of, policy, request, run
 
-from swarmcpp.core import GenerateRequest, SamplingParams, TokenPart
+from swarmcpp.core import GenerateRequest, SamplingParams, Token, TokenPart
 from swarmcpp.engine.drafting import lookups
 from swarmcpp.errors import StageFailed
 from swarmcpp.pipeline.lanes import Lane
+from swarmcpp.wire.peers import PassPart
 
 GUESSING = policy(drafters=lookups(ngram=True))
 SAMPLED = SamplingParams(temperature=0.9, seed=7, ignore_eos=True, repeat_penalty=1.1)
@@ -121,6 +122,27 @@ async def test_a_stage_that_fails_with_windows_under_way(swarm_of: SwarmMaker, w
     async with head(swarm, GUESSING) as conductor:
         assert await run(conductor, [predicted(wanted, answer, 0.02)]) == [answer]
     assert passes > 9
+
+
+async def test_a_tail_that_skips_over_a_guess_is_not_believed(swarm_of: SwarmMaker, whole: Whole) -> None:
+    wanted = request(40, 60, 3)
+    (answer,) = whole([wanted])
+    swarm = swarm_of((0, 2, 5))
+    tail, lies = swarm.all[1], 0
+    honest = tail._sample
+
+    def lie(part: PassPart, held: Held) -> tuple[Token, ...]:
+        nonlocal lies
+        tokens = honest(part, held)
+        if len(tokens) < 2 or lies:
+            return tokens
+        lies += 1
+        return (Token((tokens[0].id + 1) % N_VOCAB), *tokens[1:])
+
+    tail._sample = lie  # type: ignore[method-assign]
+    async with head(swarm, GUESSING) as conductor:
+        assert await run(conductor, [predicted(wanted, answer, 0.0)]) == [answer]
+    assert lies == 1
 
 
 async def test_an_answer_ends_where_it_would(swarm_of: SwarmMaker, whole: Whole) -> None:
