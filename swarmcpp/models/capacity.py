@@ -144,7 +144,7 @@ def stage_memory(
     kv      = slots x padded ctx x KV bytes per token of the layers
     compute = n_batch x (4 n_embd + 3 n_ff) x F32 + n_batch x padded ctx x F16    llama.cpp's compute buffer
             + n_batch x 4 n_embd x F32                                             rows that come in and go out
-            + n_vocab x (slots x F32 + VOCAB_BYTES)                                in a tail: logits, and the vocabulary
+            + n_vocab x (max(slots, MAX_OUTPUTS) x F32 + VOCAB_BYTES)              in a tail: logits, and the vocabulary
             + STAGE_OVERHEAD
     The compute buffer is what llama.cpp reserves when a context's outputs are bounded (see llama/context.py). With
     experts, n_ff is that of all experts that one row is given to.
@@ -162,7 +162,7 @@ def stage_memory(
     return MemoryEstimate(
         weights=weights.of(first, last),
         kv=slots * padded * kv_width * F16_BYTES,
-        compute=rows + mask + n_vocab * (slots * F32_BYTES + VOCAB_BYTES) + STAGE_OVERHEAD,
+        compute=rows + mask + n_vocab * (max(slots, MAX_OUTPUTS) * F32_BYTES + VOCAB_BYTES) + STAGE_OVERHEAD,
     )
 
 
