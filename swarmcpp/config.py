@@ -136,9 +136,7 @@ class InferenceConfig:
         help="a smaller model of the same vocabulary that guesses ahead: its file, or its name",
         flag="--draft-model",
     )
-    swift_self_speculative: bool = setting(
-        False, help="the model guesses ahead without some of its middle layers; a draft model is better if there is one"
-    )
+    swift_self_speculative: bool = setting(False, help="the model guesses ahead without some of its middle layers")
     swift_skip_ratio: float = setting(0.45, help="layers that are left out of such guesses", low=0.05, high=0.9)
     speculative_gamma: int = setting(
         4, help="most tokens that a draft model guesses at a time; 0: nothing is guessed, by nobody", low=0, high=32
@@ -179,6 +177,11 @@ class StorageConfig:
     def models_dir(self) -> Path:
         """Where `pull` puts models."""
         return self.data_dir / "models"
+
+    @property
+    def catalogue_file(self) -> Path:
+        """The user's own catalogue, which need not be there."""
+        return self.data_dir / "models.toml"
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,10 @@ The tiled kernel and the one for fewer rows round differently. So a prompt's ful
 its tail always as fewer rows, whatever runs beside it: that is what makes its tokens the same alone and under load.
 """
 
+DrafterName = Literal["prediction", "ngram", "draft", "skip"]
+"""Who guesses ahead: what the client predicts, what followed the same tokens before, a smaller model, and the model
+itself without some of its layers."""
+
 MAX_GAMMA: Final = 32
 """Guesses that a pass verifies of one sequence at most."""
 
@@ -77,7 +81,7 @@ class GenerateRequest:
     prediction: tuple[int, ...] = ()
     """What the answer will be, as the client thinks."""
     drafter: str = ""
-    """The only one that may guess ahead for it (see `engine.drafting.DrafterName`); "none": nobody; "": whoever can."""
+    """The only one that may guess ahead for it (see `DrafterName`); "none": nobody; "": whoever can."""
     gamma: int = -1
     """Most tokens that are guessed at a time, and always so many if a drafter is named; -1: as many as pay."""
 

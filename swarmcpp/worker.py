@@ -117,17 +117,18 @@ def _run_engine(options: EngineOptions, link: WorkerLink, abort_file: Path) -> N
 
 def _drafters(options: EngineOptions, model: Model, stack: ExitStack) -> list[Drafter]:
     """Who guesses ahead for this engine. Raises BadModel, NotEnoughMemory."""
+    if not options.gamma:
+        return []
     from swarmcpp.engine.drafting import lookups
     from swarmcpp.engine.modeldrafter import ModelDrafter
-    from swarmcpp.llama.selfdraft import self_draft
 
-    if not options.guess:
-        return []
     drafters = [make() for make in lookups(ngram=options.ngram)]
     if options.draft_path:
         backend = _open_draft(Path(options.draft_path), options, model, stack)
         drafters.append(ModelDrafter("draft", backend, model.vocab.n_vocab, time.monotonic))
     if options.skip_ratio:
+        from swarmcpp.llama.selfdraft import self_draft
+
         path = self_draft(
             Path(options.model_path),
             model,
@@ -214,7 +215,7 @@ def _open_stage(options: EngineOptions, model: Model) -> tuple[Context, LlamaSta
 def _context_options(options: EngineOptions) -> ContextOptions:
     from swarmcpp.llama.context import ContextOptions
 
-    outputs = MAX_OUTPUTS if options.guess else 0
+    outputs = MAX_OUTPUTS if options.gamma else 0
     return ContextOptions(n_ctx=options.ctx_size, n_seqs=options.slots, n_threads=options.threads, outputs=outputs)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
 from swarmcpp.api import fields
 from swarmcpp.api.fields import JsonObject, show
-from swarmcpp.core import MAX_GAMMA, ChatMessage, Limits, SamplingParams
+from swarmcpp.core import MAX_GAMMA, ChatMessage, DrafterName, Limits, SamplingParams
 from swarmcpp.errors import BadRequest, PromptTooLong, UnsupportedField
 
 SeedSource = Callable[[int], int]
@@ -25,7 +25,7 @@ MAX_SEQUENCES = 256
 MAX_SALT = 256
 """Characters. A salt is a name or a random string of a tenant, not a document."""
 
-DRAFTERS = ("none", "prediction", "ngram", "draft", "skip")
+DRAFTERS = ("none", *get_args(DrafterName))
 MAX_TEMPERATURE = 100.0
 MAX_PENALTY = 100.0
 MAX_INT = 2**31 - 1

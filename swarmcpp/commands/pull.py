@@ -26,7 +26,7 @@ def run(name: str, storage: StorageConfig) -> None:
 
 def user_catalogue(storage: StorageConfig) -> Catalogue:
     """The built-in catalogue with models.toml of the data directory. Raises BadConfig."""
-    return load_catalogue(storage.data_dir / "models.toml")
+    return load_catalogue(storage.catalogue_file)
 
 
 def download(entry: CatalogueEntry, directory: Path, console: Console) -> Path:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
+from swarmcpp.core import DrafterName, GenerateRequest
 from swarmcpp.engine.sequence import Generation
-
-DrafterName = Literal["prediction", "ngram", "draft", "skip"]
 
 NGRAM: Final = 3
 """Tokens that must be the same for a place to be looked at: two are in most texts by chance."""
@@ -107,29 +106,34 @@ def continuation(tokens: Sequence[int], position: int, count: int) -> tuple[int,
     return tuple(tokens[position + index % period] for index in range(count)) if period > 0 else ()
 
 
-class NgramDrafter:
-    """What followed the longest earlier match of an answer's end, in its prompt and in itself."""
+class _Follower(Protocol):
+    """What a look-up keeps of one generation."""
 
-    name: DrafterName = "ngram"
+    def draft(self, generation: Generation, most: int) -> Draft:
+        """Up to `most` tokens that may follow."""
+        ...
+
+
+class _Lookup:
+    """A drafter that computes nothing, but follows each generation."""
+
     free = True
 
     def __init__(self) -> None:
-        self._indexes: dict[int, NgramIndex] = {}
+        self._followers: dict[int, _Follower] = {}
 
     def draft(self, asked: Sequence[tuple[Generation, int]]) -> list[Draft]:
         """See `Drafter`."""
-        return [self._one(generation, most) for generation, most in asked]
+        return [self._follower(generation).draft(generation, most) for generation, most in asked]
 
-    def _one(self, generation: Generation, most: int) -> Draft:
-        index = self._indexes.get(generation.serial)
-        if index is None:
-            index = self._indexes[generation.serial] = NgramIndex()
-        text: Sequence[int] = generation.tokens
-        tail = text
-        if generation.assumed:
-            text, tail = [*text, *generation.assumed], [*text[-LONGEST_MATCH:], *generation.assumed]
-        position, length = index.match(generation.tokens, tail)
-        return Draft(continuation(text, position, most), length.bit_length()) if length else NOTHING
+    def _follower(self, generation: Generation) -> _Follower:
+        found = self._followers.get(generation.serial)
+        if found is None:
+            found = self._followers[generation.serial] = self._follow(generation)
+        return found
+
+    def _follow(self, generation: Generation) -> _Follower:
+        raise NotImplementedError
 
     def seconds(self, count: int, gamma: int) -> float:
         """See `Drafter`."""
@@ -137,32 +141,61 @@ class NgramDrafter:
 
     def forget(self, generation: Generation) -> None:
         """See `Drafter`."""
-        self._indexes.pop(generation.serial, None)
+        self._followers.pop(generation.serial, None)
+
+
+class _Repeating:
+    """What followed the longest earlier match of a text's end."""
+
+    def __init__(self) -> None:
+        self._index = NgramIndex()
+
+    def draft(self, generation: Generation, most: int) -> Draft:
+        """See `_Follower`."""
+        text: Sequence[int] = generation.tokens
+        tail = text
+        if generation.assumed:
+            text, tail = [*text, *generation.assumed], [*text[-LONGEST_MATCH:], *generation.assumed]
+        position, length = self._index.match(generation.tokens, tail)
+        return Draft(continuation(text, position, most), length.bit_length()) if length else NOTHING
+
+
+class NgramDrafter(_Lookup):
+    """What followed the longest earlier match of an answer's end, in its prompt and in itself."""
+
+    name: DrafterName = "ngram"
+
+    def _follow(self, generation: Generation) -> _Follower:
+        return _Repeating()
 
 
 class _Following:
     """How far an answer follows the text that was predicted."""
 
-    def __init__(self, prediction: Sequence[int]) -> None:
-        self._prediction = prediction
-        self._read = 0
-        """Tokens of the answer that were compared."""
+    def __init__(self, request: GenerateRequest) -> None:
+        self._prediction = request.prediction
+        self._begin = self._read = len(request.prompt)
+        """Where the answer begins in a generation's tokens, and how many of these were compared."""
         self._at = 0
         """The next token if the answer goes on as predicted."""
         self._right = 1
         """Tokens in a row that were as predicted."""
 
-    def draft(self, answer: Sequence[int], assumed: Sequence[int], most: int) -> Draft:
-        for place in range(self._read, len(answer)):
-            self._step(answer[max(0, place - 1) : place + 1])
-        self._read = len(answer)
-        at = self._at + len(assumed)
-        if tuple(self._prediction[self._at : at]) != tuple(assumed):
+    def draft(self, generation: Generation, most: int) -> Draft:
+        """See `_Follower`."""
+        if not self._prediction:
             return NOTHING
-        return Draft(tuple(self._prediction[at : at + most]), min(self._right, 15).bit_length())
+        tokens, assumed = generation.tokens, tuple(generation.assumed)
+        for place in range(self._read, len(tokens)):
+            self._step(tokens[max(self._begin, place - 1) : place + 1])
+        self._read = len(tokens)
+        at = self._at + len(assumed)
+        if self._prediction[self._at : at] != assumed:
+            return NOTHING
+        return Draft(self._prediction[at : at + most], min(self._right, 15).bit_length())
 
     def _step(self, last: Sequence[int]) -> None:
-        """Compare the next token, the second one of `last`."""
+        """Compare the next token, the last one of `last`, which has the one before it as well."""
         token, prediction = last[-1], self._prediction
         if self._at < len(prediction) and prediction[self._at] == token:
             self._at += 1
@@ -170,7 +203,7 @@ class _Following:
             return
         self._right = 0
         near = range(max(2, self._at - AROUND), min(self._at + AROUND, len(prediction)))
-        back = [at for at in near if tuple(prediction[at - 2 : at]) == tuple(last)]
+        back = [at for at in near if prediction[at - 2 : at] == tuple(last)]
         if back:
             self._at, self._right = min(back, key=lambda at: abs(at - self._at)), 2
         elif self._at < len(prediction):
@@ -178,35 +211,13 @@ class _Following:
             self._at += 1
 
 
-class PredictionDrafter:
+class PredictionDrafter(_Lookup):
     """What the client says that the answer will be, but for some changes: OpenAI's predicted outputs."""
 
     name: DrafterName = "prediction"
-    free = True
 
-    def __init__(self) -> None:
-        self._following: dict[int, _Following] = {}
-
-    def draft(self, asked: Sequence[tuple[Generation, int]]) -> list[Draft]:
-        """See `Drafter`."""
-        return [self._one(generation, most) for generation, most in asked]
-
-    def _one(self, generation: Generation, most: int) -> Draft:
-        if not generation.request.prediction:
-            return NOTHING
-        following = self._following.get(generation.serial)
-        if following is None:
-            following = self._following[generation.serial] = _Following(generation.request.prediction)
-        answer = generation.tokens[len(generation.request.prompt) :]
-        return following.draft(answer, generation.assumed, most)
-
-    def seconds(self, count: int, gamma: int) -> float:
-        """See `Drafter`."""
-        return 0.0
-
-    def forget(self, generation: Generation) -> None:
-        """See `Drafter`."""
-        self._following.pop(generation.serial, None)
+    def _follow(self, generation: Generation) -> _Follower:
+        return _Following(generation.request)
 
 
 def lookups(*, ngram: bool) -> tuple[Callable[[], Drafter], ...]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from swarmcpp.core import Clock, Rows, SamplerLike
+from swarmcpp.core import Clock, DrafterName, Rows, SamplerLike
 from swarmcpp.engine.backend import WholeBackend
-from swarmcpp.engine.drafting import Draft, DrafterName
+from swarmcpp.engine.drafting import Draft
 from swarmcpp.engine.scheduler import CostModel
 from swarmcpp.engine.sequence import Generation
 

@@ -18,8 +18,8 @@ from typing import Final
 
 import msgspec
 
-from swarmcpp.core import MAX_GAMMA, Chunk, Token, TokenPart
-from swarmcpp.engine.drafting import NOTHING, Draft, Drafter, DrafterName
+from swarmcpp.core import MAX_GAMMA, Chunk, DrafterName, Token, TokenPart
+from swarmcpp.engine.drafting import NOTHING, Draft, Drafter
 from swarmcpp.engine.scheduler import CostModel
 from swarmcpp.engine.sequence import Generation
 from swarmcpp.telemetry import diag

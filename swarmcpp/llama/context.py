@@ -69,6 +69,7 @@ class Context:
 
     def __init__(self, model: Model, options: ContextOptions) -> None:
         self.tap = GraphTap(options.hidden, {name: lib.tensor_function(name) for name in _TAP_FUNCTIONS})
+        self.n_outputs = max(options.outputs, options.n_seqs)
         params = lib.fill(
             c.llama_context_default_params(),
             n_ctx=options.n_ctx * options.n_seqs,
@@ -76,7 +77,7 @@ class Context:
             n_batch=MAX_ROWS,
             n_ubatch=MAX_ROWS,
             # Without this bound the output buffer is n_batch x n_vocab floats.
-            n_outputs_max=max(options.outputs, options.n_seqs),
+            n_outputs_max=self.n_outputs,
             n_threads=options.n_threads,
             n_threads_batch=options.n_threads,
             kv_unified=False,
@@ -101,7 +102,6 @@ class Context:
             )
         self.pointer: Any = pointer
         self.n_seqs = options.n_seqs
-        self.n_outputs = max(options.outputs, options.n_seqs)
         self._n_vocab = model.vocab.n_vocab
         self.n_ctx: int = c.llama_n_ctx_seq(pointer)
         self._memory = c.llama_get_memory(pointer)

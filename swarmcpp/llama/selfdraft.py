@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -95,7 +94,7 @@ def _agreement(path: Path, text: list[int], options: ContextOptions, *, use_extr
     with ExitStack() as stack:
         model = Model(path, use_extra_bufts=use_extra_bufts)
         stack.callback(model.close)
-        context = Context(model, replace(options, n_ctx=2 * SAMPLE))
+        context = Context(model, options)
         stack.callback(context.close)
         end = context.batch.add(0, 0, text[:-1], outputs=SAMPLE - 1)
         context.decode()

@@ -67,12 +67,12 @@ def prepare(config: Config, path: Path, name: str | None = None) -> Prepared:
     draft, thinned, engine = draft_model(config), thinned_model(config, model), config.engine
     drafts = [each for each in (draft, thinned) if each]
     ctx_size, slots = choose_capacity(model, usable_memory(config), engine.ctx_size, engine.slots, drafts=drafts)
-    options = engine_options(config, path, ctx_size, slots)
-    if draft:
-        options = msgspec.structs.replace(options, draft_path=str(draft.path.resolve()))
-    if thinned:
-        skip_dir = str(config.storage.data_dir / "skips")
-        options = msgspec.structs.replace(options, skip_ratio=config.inference.swift_skip_ratio, skip_dir=skip_dir)
+    options = msgspec.structs.replace(
+        engine_options(config, path, ctx_size, slots),
+        draft_path=str(draft.path.resolve()) if draft else "",
+        skip_ratio=config.inference.swift_skip_ratio if thinned else 0.0,
+        skip_dir=str(config.storage.data_dir / "skips"),
+    )
     return Prepared(model, model_info(name or path.stem, model, model.size_bytes), options)
 
 
@@ -82,7 +82,7 @@ def draft_model(config: Config) -> ModelFile | None:
     if not wanted or not config.inference.speculative_gamma:
         return None
     storage = config.storage
-    found = resolve_model(wanted, storage.models_dir, load_catalogue(storage.data_dir / "models.toml"))
+    found = resolve_model(wanted, storage.models_dir, load_catalogue(storage.catalogue_file))
     if not isinstance(found, Path):
         raise BadModel(
             f"draft_model_path = {wanted!r} is not on this machine yet; get it with `swarmcpp pull {wanted}`"
@@ -100,9 +100,9 @@ def thinned_model(config: Config, model: ModelFile) -> ModelFile | None:
         return None
     check_sliceable(model, 0, model.n_layers)
     left = model.n_layers - len(bands(model.n_layers, inference.swift_skip_ratio)[0])
+    layers = sum(layer_bytes(model))
     # Of the vocabulary's tensors nothing is left out.
-    head = model.tensor_bytes - sum(layer_bytes(model))
-    weights = head + sum(layer_bytes(model)) * left // model.n_layers
+    weights = model.tensor_bytes - layers + layers * left // model.n_layers
     return replace(model, n_layers=left, n_head_kv=model.n_head_kv[:left], tensor_bytes=weights)
 
 
@@ -121,9 +121,8 @@ def engine_options(config: Config, path: Path, ctx_size: int, slots: int, *, sta
         continuous_batching=inference.continuous_batching,
         batched_prefill_forward=inference.batched_prefill_forward,
         prefix_block_tokens=inference.prefix_cache_block_tokens if inference.prefix_cache_enabled else 0,
-        guess=inference.speculative_gamma > 0 and not stage,
+        gamma=0 if stage else inference.speculative_gamma,
         ngram=inference.ngram_lookup_enabled,
-        gamma=inference.speculative_gamma,
         diag=logger.isEnabledFor(logging.DEBUG),
         stage=stage,
         poll_s=inference.stage_poll_ms / 1000 if stage else 0.0,

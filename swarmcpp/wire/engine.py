@@ -35,11 +35,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """Tokens of a block; 0 turns every reuse of prefixes off."""
     diag: bool = False
     """Say what every step does, on standard error."""
-    guess: bool = False
-    """Verify guesses at what follows: clients' predictions, and with `ngram` what followed the same tokens before."""
+    gamma: int = 0
+    """Most guesses of a drafter that computes; 0: nothing is guessed. Otherwise clients' predictions are verified too,
+    and with `ngram` what followed the same tokens before."""
     ngram: bool = False
-    gamma: int = 4
-    """Most guesses of a drafter that computes."""
     draft_path: str = ""
     """A model that guesses ahead; empty: none."""
     skip_ratio: float = 0.0

@@ -10,8 +10,8 @@ from engine_support import part_of, request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcpp.core import Chunk, Token
-from swarmcpp.engine.drafting import Draft, DrafterName
+from swarmcpp.core import Chunk, DrafterName, Token
+from swarmcpp.engine.drafting import Draft
 from swarmcpp.engine.scheduler import CostModel
 from swarmcpp.engine.sequence import Generation
 from swarmcpp.engine.speculation import PRIOR, Acceptance, Speculation, drawn_tokens, expected
