@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?=
+# The tests of a file stay together: its servers are started once. More than four start more processes than help.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 STAMP := $(VENV)/.installed
 
 .PHONY: install serve test long unit check bench clean
@@ -18,13 +20,13 @@ serve: install
 	$(BIN)/swarmcpp serve $(MODEL)
 
 test: install
-	$(BIN)/python -m pytest -m 'not long'
+	$(PYTEST) -m 'not long'
 
 long: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 unit: install
-	$(BIN)/python -m pytest -m 'not e2e'
+	$(PYTEST) -m 'not e2e'
 
 check: install
 	$(BIN)/ruff format --check .

@@ -186,7 +186,11 @@ def test_hosts_that_can(host: str) -> None:
     assert valid_address(Address(host, 7777, NODE.public))
 
 
-@pytest.mark.parametrize("key", ["", "x" * 39, "x" * 41, "#" * 40, "~" * 40, "é" * 40, NODE.public[:-1] + " "])
+@pytest.mark.parametrize(
+    "key",
+    ["", "x" * 39, "x" * 41, "#" * 40, "~" * 40, "é" * 40, NODE.public[:-1] + " "],
+    ids=lambda key: f"{key[-1:]}{len(key)}",
+)
 def test_keys_that_are_none(key: str) -> None:
     with pytest.raises(ValueError, match=r"Z85|ASCII"):
         curve_key_bytes(key)

@@ -228,7 +228,7 @@ def pair(boot: object, secret: str = NODE.secret, public: str = NODE.public) -> 
         pair(1, secret="x"),
         pair(1, public="\udc80"),
     ],
-    ids=lambda content: content[:16],
+    ids=lambda content: f"{len(content)} bytes",
 )
 def test_a_damaged_identity_is_made_anew_with_a_warning(
     opened: Open, tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
