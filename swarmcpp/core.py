@@ -29,7 +29,8 @@ DrafterName = Literal["prediction", "ngram", "draft", "skip"]
 itself without some of its layers."""
 
 MAX_GAMMA: Final = 32
-"""Guesses that a pass verifies of one sequence at most."""
+"""Guesses that a pass verifies of one sequence at most. Far below a tile, which takes less time than half as many rows
+but rounds differently: what comes out would depend on what was guessed."""
 
 MAX_OUTPUTS: Final = 48
 """Rows of a call whose logits are wanted, unless there are more sequences; each costs a float for every word of the

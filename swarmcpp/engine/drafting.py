@@ -24,11 +24,11 @@ AROUND: Final = 48
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Guesses at the next tokens. `trust` is how much speaks for them, in steps that a drafter defines: those of one
-    step are accepted about equally often."""
+    """Guesses at the next tokens. `run` tokens in a row just before them were as whoever guesses had it: the more, the
+    likelier these are."""
 
     tokens: tuple[int, ...] = ()
-    trust: int = 0
+    run: int = 0
 
 
 NOTHING: Final = Draft()
@@ -157,7 +157,7 @@ class _Repeating:
         if generation.assumed:
             text, tail = [*text, *generation.assumed], [*text[-LONGEST_MATCH:], *generation.assumed]
         position, length = self._index.match(generation.tokens, tail)
-        return Draft(continuation(text, position, most), length.bit_length()) if length else NOTHING
+        return Draft(continuation(text, position, most), length) if length else NOTHING
 
 
 class NgramDrafter(_Lookup):
@@ -192,7 +192,7 @@ class _Following:
         at = self._at + len(assumed)
         if self._prediction[self._at : at] != assumed:
             return NOTHING
-        return Draft(self._prediction[at : at + most], min(self._right, 15).bit_length())
+        return Draft(self._prediction[at : at + most], self._right)
 
     def _step(self, last: Sequence[int]) -> None:
         """Compare the next token, the last one of `last`, which has the one before it as well."""

@@ -30,13 +30,16 @@ PRIOR: Final = 0.6
 """Acceptance of a drafter of which nothing is known."""
 
 PRIOR_WEIGHT: Final = 2.0
-"""Passes that the prior counts as."""
+"""Guesses that the prior counts as."""
 
-MEMORY: Final = 0.9
-"""What a pass counts after the next one: ten passes forget another kind of text."""
+MEMORY: Final = 0.95
+"""What a guess counts after the next one of its kind: twenty forget another kind of text."""
 
-MEMORY_OF_ALL: Final = 0.99
+MEMORY_OF_ALL: Final = 0.995
 """The same for what all requests have in common."""
+
+LONGEST_RUN: Final = 32
+"""More tokens in a row that were foreseen say nothing more."""
 
 LADDER: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 """Numbers of guesses that are weighed, beside the most that there may be."""
@@ -56,36 +59,46 @@ MOST_SAVED: Final = 5.0
 
 
 class Acceptance:
-    """How often the guess at each position was right when all before it were: moving averages over passes."""
+    """How often guesses were right when all before them were: moving averages, by the tokens in a row just before that
+    were foreseen, in the draft and in what it goes on from.
+
+    A guess at a later position has a longer run, and so has the first one of a draft that goes on from a long match: in
+    text that is copied either is right for the same reason. Runs count in powers of two.
+    """
 
     def __init__(self, prior: Acceptance | None = None, memory: float = MEMORY) -> None:
         self._prior = prior
         self._memory = memory
-        self._right: list[float] = []
-        self._tried: list[float] = []
+        kinds = 1 + _kind(LONGEST_RUN)
+        self._right = [0.0] * kinds
+        self._tried = [0.0] * kinds
 
-    def rates(self, gamma: int) -> list[float]:
-        """For each of `gamma` positions. What was not tried yet is like the position before."""
-        rate = self._prior.rates(1)[0] if self._prior else PRIOR
+    def rates(self, run: int, gamma: int) -> list[float]:
+        """For each of `gamma` positions of a draft that goes on from `run` tokens."""
+        by_kind = self._by_kind()
+        return [by_kind[_kind(run + position)] for position in range(gamma)]
+
+    def _by_kind(self) -> list[float]:
+        """For each kind of run. Where nothing is known a longer one is like the next shorter one."""
+        priors = self._prior._by_kind() if self._prior else None
         rates: list[float] = []
-        for position in range(gamma):
-            if position < len(self._tried):
-                weight = PRIOR_WEIGHT + self._tried[position]
-                rate = (self._right[position] + PRIOR_WEIGHT * rate) / weight
-            rates.append(rate)
+        for kind, (right, tried) in enumerate(zip(self._right, self._tried, strict=True)):
+            prior = priors[kind] if priors else rates[-1] if rates else PRIOR
+            rates.append((right + PRIOR_WEIGHT * prior) / (tried + PRIOR_WEIGHT))
         return rates
 
-    def note(self, gamma: int, accepted: int) -> None:
+    def note(self, run: int, gamma: int, accepted: int) -> None:
         """Of `gamma` guesses the first `accepted` were right; of those behind the first wrong one nothing is known."""
-        tried = min(gamma, accepted + 1)
-        missing = tried - len(self._tried)
-        self._right += [0.0] * missing
-        self._tried += [0.0] * missing
-        for position in range(tried):
-            self._right[position] = self._memory * self._right[position] + (position < accepted)
-            self._tried[position] = self._memory * self._tried[position] + 1
+        for position in range(min(gamma, accepted + 1)):
+            kind = _kind(run + position)
+            self._right[kind] = self._memory * self._right[kind] + (position < accepted)
+            self._tried[kind] = self._memory * self._tried[kind] + 1
         if self._prior:
-            self._prior.note(gamma, accepted)
+            self._prior.note(run, gamma, accepted)
+
+
+def _kind(run: int) -> int:
+    return min(run, LONGEST_RUN).bit_length()
 
 
 def expected(rates: Sequence[float]) -> list[float]:
@@ -145,7 +158,13 @@ def drawn_tokens(guesses: Sequence[int], draw: Callable[[int], Token]) -> list[T
     return tokens
 
 
-_Key = tuple[DrafterName, int]
+@dataclass(frozen=True, slots=True)
+class _Used:
+    """Guesses of a chunk that is being verified."""
+
+    drafter: DrafterName
+    run: int
+    count: int
 
 
 class Speculation:
@@ -160,10 +179,10 @@ class Speculation:
         self._gamma = gamma
         self._max_rows = max_rows
         self._n_ctx = n_ctx
-        self._of_all: dict[_Key, Acceptance] = {}
-        self._of_one: dict[int, dict[_Key, Acceptance]] = {}
-        self._used: dict[int, list[tuple[_Key, int]]] = {}
-        """For each generation the chunks that are being verified, in their order: whose guesses, and how many."""
+        self._of_all: dict[DrafterName, Acceptance] = {}
+        self._of_one: dict[int, dict[DrafterName, Acceptance]] = {}
+        self._used: dict[int, list[_Used]] = {}
+        """For each generation what is being verified, in its order."""
         self._trial_s = 0.0
 
     def widen(
@@ -193,8 +212,8 @@ class Speculation:
             return {}
         for each in plan.wide:
             if each.drafter and each.draft.tokens:
-                key = (each.drafter.name, each.draft.trust)
-                self._used.setdefault(each.generation.serial, []).append((key, min(gamma, len(each.draft.tokens))))
+                used = _Used(each.drafter.name, each.draft.run, min(gamma, len(each.draft.tokens)))
+                self._used.setdefault(each.generation.serial, []).append(used)
         return {each.chunk.slot: each.widened(gamma) for each in plan.wide}
 
     def _ordered(self, candidates: Sequence[_Candidate]) -> _Plan | None:
@@ -242,7 +261,7 @@ class Speculation:
             if not wide:
                 continue
             room = min(self._room(wide), self._gamma)
-            known = [expected(self._acceptance(each.generation, (drafter.name, 0)).rates(room)) for each in wide]
+            known = [expected(self._acceptance(each.generation, drafter.name).rates(0, room)) for each in wide]
             rest_s = cost.decode_cost(n_chunks - len(wide))
             for gamma in range(1, room + 1):
                 gains = [(brings[gamma - 1], each.gain(gamma)) for each, brings in zip(wide, known, strict=True)]
@@ -273,30 +292,31 @@ class Speculation:
             for each, draft in zip(wanted, drafts, strict=True):
                 if not draft.tokens:
                     continue
-                key = (drafter.name, draft.trust)
-                brings = expected(self._acceptance(each.generation, key).rates(len(draft.tokens)))
+                rates = self._acceptance(each.generation, drafter.name).rates(draft.run, len(draft.tokens))
+                brings = expected(rates)
                 if not each.brings or brings[-1] > each.brings[-1]:
                     each.draft, each.drafter, each.brings = draft, drafter, brings
         return found
 
-    def _acceptance(self, generation: Generation, key: _Key) -> Acceptance:
+    def _acceptance(self, generation: Generation, drafter: DrafterName) -> Acceptance:
         own = self._of_one.setdefault(generation.serial, {})
-        if key not in own:
-            own[key] = Acceptance(self._of_all.setdefault(key, Acceptance(memory=MEMORY_OF_ALL)))
-        return own[key]
+        if drafter not in own:
+            own[drafter] = Acceptance(self._of_all.setdefault(drafter, Acceptance(memory=MEMORY_OF_ALL)))
+        return own[drafter]
 
     def verified(self, generation: Generation, part: TokenPart) -> TokenPart:
         """Learn from the tokens that came of the generation's last chunk; they, with the counts of its guesses."""
         used = self._used.get(generation.serial)
         if not used:
             return part
-        key, guesses = used.pop(0)
-        accepted = min(len(part.tokens) - 1, guesses)
+        said = used.pop(0)
+        name, count = said.drafter, said.count
+        accepted = min(len(part.tokens) - 1, count)
         request = generation.request.id
-        diag(logger, "speculation", request=request, drafter=key[0], trust=key[1], drafted=guesses, accepted=accepted)
+        diag(logger, "speculation", request=request, drafter=name, run=said.run, drafted=count, accepted=accepted)
         # What would have followed the last token nobody knows.
-        self._acceptance(generation, key).note(accepted if part.finish else guesses, accepted)
-        return msgspec.structs.replace(part, drafted=guesses, accepted=accepted)
+        self._acceptance(generation, name).note(said.run, accepted if part.finish else count, accepted)
+        return msgspec.structs.replace(part, drafted=count, accepted=accepted)
 
     def further(self, slot: int, generation: Generation, gamma: int) -> Chunk | None:
         """A chunk behind those of the generation that are being verified, on the guess that they hold: what is
@@ -306,15 +326,16 @@ class Speculation:
         most = min(gamma, generation.to_come - len(generation.assumed) - 2, self._n_ctx - start - 1)
         if not used or most < 1:
             return None
-        key = used[-1][0]
+        first, last = used[0], used[-1]
         # The token that comes with each chunk beside its guesses has been guessed as well.
-        if prod(self._acceptance(generation, key).rates(len(generation.assumed) + 1)) < HOPE:
+        rates = self._acceptance(generation, last.drafter).rates(first.run, len(generation.assumed) + 1)
+        if prod(rates) < HOPE:
             return None
-        drafter = next(each for each in self._drafters if each.name == key[0])
+        drafter = next(each for each in self._drafters if each.name == last.drafter)
         tokens = drafter.draft([(generation, 1 + most)])[0].tokens if drafter.free else ()
         if len(tokens) < 2:
             return None
-        used.append((key, len(tokens) - 1))
+        used.append(_Used(last.drafter, first.run + len(generation.assumed) + 1, len(tokens) - 1))
         return Chunk(slot, start, len(tokens), last=True, guesses=tokens[1:], follows=tokens[0])
 
     def void(self, generation: Generation) -> None:

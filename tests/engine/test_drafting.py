@@ -54,15 +54,15 @@ def test_text_that_repeats_itself_goes_on_repeating() -> None:
     assert draft.tokens == (1, 2, 3, 1, 2)
 
 
-def test_a_longer_match_is_trusted_more() -> None:
+def test_a_longer_match_is_a_longer_run() -> None:
     text = list(range(100, 140))
     drafter = NgramDrafter()
-    trusts = []
+    runs = []
     for n in (NGRAM, 8, 40):
         (draft,) = drafter.draft([(generation([*text, 7, 8, *text[:n]], serial=n), 1)])
-        trusts.append(draft.trust)
+        runs.append(draft.run)
         assert draft.tokens == ((text[n],) if n < 40 else (7,))
-    assert trusts == sorted(set(trusts))
+    assert runs == sorted(set(runs))
     assert drafter.draft([(generation([1, 2, 3, 4, 5, 6], serial=99), 4)]) == [NOTHING]
 
 
@@ -70,7 +70,7 @@ def test_a_generation_that_ended_leaves_nothing() -> None:
     drafter, other = NgramDrafter(), [5, 6, 7, 8, 5, 6, 7]
     drafter.draft([(generation([1, 2, 3, 4, 1, 2, 3]), 2)])
     drafter.forget(generation([1]))
-    assert drafter.draft([(generation(other), 2)]) == [Draft((8, 5), NGRAM.bit_length())]
+    assert drafter.draft([(generation(other), 2)]) == [Draft((8, 5), NGRAM)]
 
 
 def follow(answer: Sequence[int], prediction: Sequence[int], gamma: int) -> int:

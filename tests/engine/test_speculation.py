@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
+from operator import mul
 
 import pytest
 from engine_support import part_of, request
@@ -48,11 +50,18 @@ class Rig:
     """Slots that decode, and what became of their guesses."""
 
     def __init__(
-        self, users: int = 1, length: int = 8, cost: CostModel = FLAT, *, rows: int = 64, max_tokens: int = 10**6
+        self,
+        users: int = 1,
+        length: int = 8,
+        cost: CostModel = FLAT,
+        *,
+        rows: int = 64,
+        max_tokens: int = 10**6,
+        n_ctx: int = 10**7,
     ) -> None:
         self.drafter = Known(length)
         self.cost = cost
-        self.speculation = Speculation([self.drafter], gamma=4, max_rows=rows, n_ctx=10**7)
+        self.speculation = Speculation([self.drafter], gamma=4, max_rows=rows, n_ctx=n_ctx)
         self.generations = [Generation(n + 1, request([0], max_tokens), [0], decoding=True) for n in range(users)]
 
     def widen(self) -> tuple[tuple[Chunk, ...], ...]:
@@ -80,25 +89,47 @@ class Rig:
 
 def test_what_is_known_of_acceptance() -> None:
     fresh = Acceptance()
-    assert fresh.rates(3) == [PRIOR] * 3
+    assert fresh.rates(0, 3) == pytest.approx([PRIOR] * 3)
     for _ in range(50):
-        fresh.note(4, 2)
-    rates = fresh.rates(5)
+        fresh.note(0, 4, 2)
+    rates = fresh.rates(0, 9)
     assert rates[0] > 0.9 and rates[1] > 0.9
     # The third was always wrong; behind it nothing is known but that.
     assert rates[2] < 0.2
-    assert rates[3] == rates[4] == rates[2]
+    assert rates[2:] == pytest.approx([rates[2]] * 7)
     # Of a new request the first thing that is known is what was of all.
-    assert Acceptance(fresh).rates(1)[0] == pytest.approx(rates[0])
+    assert Acceptance(fresh).rates(0, 9) == pytest.approx(rates)
+
+
+def test_a_guess_is_as_likely_at_the_end_of_a_draft_as_after_as_long_a_match() -> None:
+    seen = Acceptance()
+    for _ in range(50):
+        seen.note(2, 40, 1)
+        seen.note(16, 40, 40)
+    rates = seen.rates(0, 64)
+    assert rates[3] < 0.6 < 0.95 < min(rates[16:])
+    assert seen.rates(20, 44) == rates[20:]
+
+
+def test_a_copy_is_recognised_within_four_passes() -> None:
+    """What is guessed at first is little; each pass that was all right says something of all that is longer."""
+    seen, run, passes = Acceptance(), 3, []
+    while sum(passes) < 60:
+        rates = seen.rates(run, 63)
+        gamma = next((n for n, rate in enumerate(accumulate(rates, mul)) if rate < 0.3), 63)
+        seen.note(run, gamma, gamma)
+        passes.append(gamma)
+        run += gamma + 1
+    assert len(passes) <= 4
 
 
 def test_another_kind_of_text_is_noticed_within_some_passes() -> None:
     seen = Acceptance()
     for _ in range(200):
-        seen.note(1, 1)
-    for _ in range(15):
-        seen.note(1, 0)
-    assert seen.rates(1)[0] < 0.35
+        seen.note(0, 1, 1)
+    for _ in range(25):
+        seen.note(0, 1, 0)
+    assert seen.rates(0, 1)[0] < 0.35
 
 
 def test_expected_tokens() -> None:
@@ -183,6 +214,15 @@ def test_more_that_must_guess_than_there_is_room_for_guess_nothing() -> None:
         assert [chunk.guesses for group in rig.widen() for chunk in group] == [()] * 8
     # Nothing is left of them that the next tokens would be counted for.
     assert rig.speculation.verified(rig.generations[0], part_of([5])) == part_of([5])
+
+
+def test_no_row_stands_behind_the_end_of_a_sequence() -> None:
+    rig = Rig(length=32, n_ctx=600)
+    generation = rig.generations[0]
+    generation.request = replace(generation.request, drafter="ngram", gamma=32)
+    generation.tokens = [0] * 580
+    ((chunk,),) = rig.widen()
+    assert (chunk.start, chunk.count) == (579, 21)
 
 
 def test_nothing_is_guessed_before_a_pass_was_measured() -> None:
