@@ -27,7 +27,9 @@ SEEN = 16
 
 LINE = 32
 CHANGED = 0.1
-"""Of the tokens of a prediction."""
+"""Of the tokens of a prediction, in phrases of PHRASE."""
+
+PHRASE = 6
 
 USERS = 8
 SPEC_TYPES = ("ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache")
@@ -59,7 +61,7 @@ def copy_task(rng: random.Random) -> Task:
     """A text, then its beginning once more."""
     first = rng.randrange(1000, SHAPE.n_vocab - 2 * SOURCE)
     text = range(first, first + SOURCE)
-    return Task((*text, *_noise(rng, 8), *text[:SEEN]), NGRAM)
+    return Task((*text, *noise(rng, 8), *text[:SEEN]), NGRAM)
 
 
 def shuffled_task(rng: random.Random) -> Task:
@@ -67,29 +69,39 @@ def shuffled_task(rng: random.Random) -> Task:
     first = rng.randrange(1000, SHAPE.n_vocab - 2 * SOURCE)
     lines = [tuple(range(at, at + LINE)) for at in range(first, first + SOURCE, LINE)]
     rng.shuffle(lines)
-    return Task((*(token for line in lines for token in line), *_noise(rng, 8), *range(first, first + SEEN)), NGRAM)
+    return Task((*(token for line in lines for token in line), *noise(rng, 8), *range(first, first + SEEN)), NGRAM)
 
 
 def predicted_task(rng: random.Random) -> Task:
-    """The answer as it will be, but for some tokens."""
+    """The answer as it will be, but for some phrases."""
+    return _predicted(rng, PHRASE)
+
+
+def speckled_task(rng: random.Random) -> Task:
+    """The answer as it will be, but for as many tokens one by one: it is hardly ever right for long."""
+    return _predicted(rng, 1)
+
+
+def _predicted(rng: random.Random, phrase: int) -> Task:
     first = rng.randrange(1000, SHAPE.n_vocab - 2 * SOURCE)
-    wrong = set(rng.sample(range(ANSWER), int(CHANGED * ANSWER)))
+    begins = rng.sample(range(ANSWER // phrase), round(CHANGED * ANSWER / phrase))
+    wrong = {begin * phrase + at for begin in begins for at in range(phrase)}
     told = [token + 7 if at in wrong else token for at, token in enumerate(range(first, first + ANSWER))]
     prediction = {"type": "content", "content": told}
-    return Task((*_noise(rng, 32), first - 1), {"prediction": prediction})
+    return Task((*noise(rng, 32), first - 1), {"prediction": prediction})
 
 
 def novel_task(rng: random.Random) -> Task:
     """Nothing in the prompt or the answer comes twice."""
     first = rng.randrange(1000, SHAPE.n_vocab - 2 * SOURCE)
-    return Task((*_noise(rng, 64), first), {})
+    return Task((*noise(rng, 64), first), {})
 
 
-def _noise(rng: random.Random, count: int) -> tuple[int, ...]:
+def noise(rng: random.Random, count: int) -> tuple[int, ...]:
     return tuple(rng.randrange(300, 1000) for _ in range(count))
 
 
-async def _ask(client: Client, tasks: Sequence[Task], extra: Mapping[str, Any]) -> list[Reply]:
+async def ask(client: Client, tasks: Sequence[Task], extra: Mapping[str, Any]) -> list[Reply]:
     asking = (replace(client, extra=extra).complete(task.prompt, ANSWER) for task in tasks)
     replies = list(await asyncio.gather(*asking))
     if any(reply.completion_tokens != ANSWER for reply in replies):
@@ -136,7 +148,7 @@ async def _compare(
             told: set[tuple[str, ...]] = set()
             for setting in settings if round_ % 2 else settings[::-1]:
                 client = bed.clients[SWARM if setting == PLAIN else setting]
-                replies = await _ask(client, tasks, _extra(setting, tasks[0], f"{setting} {round_}"))
+                replies = await ask(client, tasks, _extra(setting, tasks[0], f"{setting} {round_}"))
                 told.add(tuple(reply.text for reply in replies))
                 if round_ >= 0:
                     rates[setting].append(throughput(replies))
@@ -163,6 +175,12 @@ async def prediction(setup: Setup) -> Outcome:
     """A prediction of which 90% are right."""
     figure, outcome = await _compare(setup, "prediction", predicted_task)
     return _held(outcome, figure, 3.0)
+
+
+async def speckled(setup: Setup) -> Outcome:
+    """A prediction of which every tenth token is wrong, at random."""
+    _, outcome = await _compare(setup, "speckled prediction", speckled_task)
+    return outcome
 
 
 async def novel(setup: Setup) -> Outcome:

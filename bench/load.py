@@ -54,6 +54,9 @@ class Reply:
     prompt_tokens: int
     completion_tokens: int
     finish_reason: str | None
+    drafted: int = 0
+    """Tokens that were guessed for it, of which `accepted` were right; 0 where the server does not tell."""
+    accepted: int = 0
 
     @property
     def text(self) -> str:
@@ -156,6 +159,8 @@ class _Collector:
                     self._on_text()
 
     def reply(self, finished: float) -> Reply:
+        details = self.usage.get("completion_tokens_details") or {}
+        accepted, rejected = (details.get(f"{which}_prediction_tokens") or 0 for which in ("accepted", "rejected"))
         return Reply(
             started=self.started,
             moments=tuple(self.moments),
@@ -164,6 +169,8 @@ class _Collector:
             prompt_tokens=self.usage.get("prompt_tokens", 0),
             completion_tokens=self.usage.get("completion_tokens", len(self.moments)),
             finish_reason=self.finish_reason,
+            drafted=accepted + rejected,
+            accepted=accepted,
         )
 
 

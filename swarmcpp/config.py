@@ -141,6 +141,10 @@ class InferenceConfig:
     speculative_gamma: int = setting(
         4, help="most tokens that a draft model guesses at a time; 0: nothing is guessed, by nobody", low=0, high=32
     )
+    speculative_distributed: bool = setting(True, help="stages verify guesses, as many in one pass as pay")
+    decentralized_spec_decoding: bool = setting(
+        True, help="further guesses of a stream go out to the stages before the earlier ones are verified"
+    )
     stage_poll_ms: int = setting(
         30,
         help="ms that a stage watches for its next pass before it sleeps, if the last one came as soon; 0 saves power",

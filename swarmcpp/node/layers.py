@@ -51,6 +51,7 @@ def make_head(
         micro_batches=micro_batches,
         copies=swarm.copies.wanted,
     )
+    guesses = inference.speculative_distributed and inference.speculative_gamma > 0
     policy = PipelinePolicy(
         slots=model.slots,
         queue_size=config.server.queue_size,
@@ -58,8 +59,9 @@ def make_head(
         prefill_budget_s=inference.prefill_budget_ms / 1000,
         persistent=inference.persistent_pipeline_stream,
         copy_every=identity.block_tokens if inference.prefix_cache_enabled and inference.replicate_kv != "off" else 0,
-        drafters=lookups(ngram=inference.ngram_lookup_enabled) if inference.speculative_gamma else (),
+        drafters=lookups(ngram=inference.ngram_lookup_enabled) if guesses else (),
         gamma=inference.speculative_gamma,
+        ahead=inference.decentralized_spec_decoding,
     )
     facts = ModelFacts(fingerprint, n_layers, model.file.n_vocab, model.ctx_size, eog_tokens)
     return Conductor(facts, policy, around, time.monotonic)

@@ -47,6 +47,8 @@ class PipelinePolicy:
     drafters: tuple[Callable[[], Drafter], ...] = ()
     """Who guesses ahead what passes verify; each lane has its own."""
     gamma: int = 4
+    ahead: bool = True
+    """Further guesses go out before the earlier ones are verified."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ class Windows:
     def __init__(self, policy: PipelinePolicy, n_ctx: int) -> None:
         drafters = [make() for make in policy.drafters]
         self._speculation = Speculation(drafters, gamma=policy.gamma, max_rows=MAX_OUTPUTS, n_ctx=n_ctx)
+        self._most = MOST_WINDOWS if policy.ahead else 1
         self._round = CostModel()
         """From the head round to the head, when nothing else is on its way or the chain is full."""
         self._gamma = 0
@@ -49,7 +50,7 @@ class Windows:
         stage_s = slowest.decode_cost(rows)
         if not self._gamma or not run.flying or stage_s <= 0:
             return None
-        wanted = min(MOST_WINDOWS, ceil(self._round.decode_cost(rows) / stage_s))
+        wanted = min(self._most, ceil(self._round.decode_cost(rows) / stage_s))
         return self._speculation.further(run.place, run, self._gamma) if run.flying < wanted else None
 
     def learn(self, rows: int, seconds: float) -> None:

@@ -70,6 +70,19 @@ async def test_one_stream_has_the_tokens_of_the_whole_model(
         assert sum(stage.void for stage in swarm.all) > 0
 
 
+async def test_each_window_waits_for_the_one_before_where_that_is_wanted(
+    swarm_of: SwarmMaker, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = request(40, 150, 3)
+    (answer,) = whole([wanted])
+    swarm, watch = swarm_of((0, 2, 5)), Watch(monkeypatch)
+    async with head(swarm, replace(GUESSING, ahead=False)) as conductor:
+        parts = await parts_of(conductor, predicted(wanted, answer, 0.0))
+    assert [token for part in parts for token in part.ids] == answer
+    assert (watch.most, sum(stage.void for stage in swarm.all)) == (1, 0)
+    assert counts(parts)[1] > 100
+
+
 async def test_streams_beside_one_another(swarm_of: SwarmMaker, whole: Whole) -> None:
     requests = [request(length, 80, seed) for seed, length in enumerate((3, 40, 64, 70, 130, 20))]
     answers = whole(requests)
