@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from swarmcpp.core import MAX_OUTPUTS, KvLayout
-from swarmcpp.errors import BadModel, SnapshotError, SwarmError
+from swarmcpp.errors import SnapshotError, SwarmError
 from swarmcpp.footprint import settle, share_heaps
 from swarmcpp.supervisor.workerlink import WorkerLink
 from swarmcpp.wire.engine import EngineLink, EngineOptions, Fault, Load, LoadProgress, Ready, Stop, UseArena
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from swarmcpp.engine.abortflag import AbortFlag
     from swarmcpp.engine.drafting import Drafter
     from swarmcpp.engine.loop import Engine
+    from swarmcpp.engine.modeldrafter import Guesser
     from swarmcpp.engine.scheduler import Scheduler
     from swarmcpp.engine.stageloop import StageLoop
     from swarmcpp.llama.backend import LlamaBackend
@@ -98,9 +99,11 @@ def _run_engine(options: EngineOptions, link: WorkerLink, abort_file: Path) -> N
         context, backend = _open_stage(options, model) if options.stage else _open_whole(options, model, abort)
         stack.callback(context.close)
         layout, no_blocks = _learn(options, backend)
-        drafters = _drafters(options, model, stack)
+        drafters = [] if options.stage else _drafters(options, model, stack)
         # Copies between slots need the layout too.
-        loop = _loop(options, backend, link, abort, options.prefix_block_tokens if layout else 0, drafters)
+        block_tokens = options.prefix_block_tokens if layout else 0
+        guesser = _guesser(options, model, stack) if options.stage and options.draft_path else None
+        loop = _loop(options, backend, link, abort, block_tokens, drafters, guesser)
         link.send(
             Ready(
                 ctx_size=backend.n_ctx,
@@ -142,18 +145,24 @@ def _drafters(options: EngineOptions, model: Model, stack: ExitStack) -> list[Dr
     return drafters
 
 
-def _open_draft(path: Path, options: EngineOptions, target: Model, stack: ExitStack) -> LlamaBackend:
+def _guesser(options: EngineOptions, model: Model, stack: ExitStack) -> Guesser:
+    """What guesses for the head of a chain. Raises BadModel, NotEnoughMemory."""
+    from swarmcpp.engine.modeldrafter import Guesser, ModelDrafter
+
+    # A slice has no vocabulary to compare, unless it is a tail: the head has compared them.
+    backend = _open_draft(Path(options.draft_path), options, None, stack)
+    return Guesser(ModelDrafter("draft", backend, backend.n_vocab, time.monotonic))
+
+
+def _open_draft(path: Path, options: EngineOptions, target: Model | None, stack: ExitStack) -> LlamaBackend:
     from swarmcpp.llama.backend import LlamaBackend
     from swarmcpp.llama.context import Context, Model
-    from swarmcpp.llama.vocab import difference
+    from swarmcpp.llama.vocab import check_draft
 
     draft = Model(path, use_extra_bufts=options.use_extra_bufts)
     stack.callback(draft.close)
-    if what := difference(target.vocab, draft.vocab):
-        raise BadModel(
-            f"{path}: cannot guess for {options.model_path}, since {what}; draft_model_path needs a "
-            "smaller model of the same family"
-        )
+    if target:
+        check_draft(Path(options.model_path), target.vocab, path, draft.vocab)
     context = Context(draft, replace(_context_options(options), outputs=0))
     stack.callback(context.close)
     return LlamaBackend(draft, context)
@@ -166,6 +175,7 @@ def _loop(
     abort: AbortFlag,
     block_tokens: int,
     drafters: Sequence[Drafter],
+    guesser: Guesser | None,
 ) -> Engine | StageLoop:
     from swarmcpp.engine.loop import Engine
     from swarmcpp.engine.speculation import Speculation
@@ -178,7 +188,15 @@ def _loop(
 
     clock = time.monotonic
     if isinstance(backend, LlamaStage):
-        return StageLoop(backend, link, clock, block_tokens=block_tokens, poll_s=options.poll_s, open_arena=open_arena)
+        return StageLoop(
+            backend,
+            link,
+            clock,
+            block_tokens=block_tokens,
+            poll_s=options.poll_s,
+            open_arena=open_arena,
+            guesser=guesser,
+        )
     return Engine(
         backend,
         link,

@@ -29,6 +29,7 @@ from swarmcpp.llama.stage import EmbeddingTable, StageContext, StageRows
 from swarmcpp.models.slicing import write_slice
 from swarmcpp.pipeline.conductor import Conductor
 from swarmcpp.pipeline.contract import Pass, Passed, StageRef, StageTime
+from swarmcpp.pipeline.guessing import AskGuesses
 from swarmcpp.pipeline.runs import Ask, Chain, ModelFacts, PipelinePolicy, Surroundings
 from swarmcpp.route.passes import Curve, micro_batches
 from swarmcpp.wire.peers import PassPart
@@ -263,6 +264,7 @@ class Swarm:
         self.asks: list[Ask] = []
         self.route: Callable[[Ask], Chain] = lambda _ask: tuple(self.stages)
         self.curve: Curve = ()
+        self.guess: AskGuesses = lambda _parts, _done: False
 
     @property
     def all(self) -> list[ThreadStage]:
@@ -285,6 +287,7 @@ class Swarm:
             rtt=lambda _chain: 0.0,
             encodings=lambda _chain: ("f32", "f32"),
             micro_batches=micro_batches,
+            guess=lambda parts, done: self.guess(parts, done),
         )
 
     def close(self) -> None:

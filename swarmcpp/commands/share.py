@@ -18,12 +18,12 @@ from swarmcpp.models.manifest import Manifest, manifest_of
 from swarmcpp.models.slicestore import SliceFiles, SliceStore
 from swarmcpp.models.slicing import check_sliceable
 from swarmcpp.node import serving
-from swarmcpp.node.layerhost import SHARED_CTX, SHARED_SLOTS, Obtain, Range, SharedModel, check_range, check_switches
+from swarmcpp.node.layerhost import Obtain, Range, SharedModel, check_range, check_switches
 from swarmcpp.node.layers import ModelLayers
 from swarmcpp.node.member import Swarm
 from swarmcpp.node.moving import movable, slowest_range
 from swarmcpp.node.placing import machines_of
-from swarmcpp.node.preparing import usable_memory
+from swarmcpp.node.preparing import SHARED_CTX, SHARED_SLOTS, draft_bytes, usable_memory
 from swarmcpp.route.costs import ModelShape
 from swarmcpp.route.placement import place
 from swarmcpp.route.placement_words import explain
@@ -49,7 +49,7 @@ def choose_layers(config: Config, swarm: Swarm, model: SharedModel, shape: Model
     """
     wanted = config.engine.layer_range
     if wanted is not None:
-        check_range(model, wanted, usable_memory(config))
+        check_range(model, wanted, usable_memory(config) - draft_bytes(config))
         return wanted
     check_sliceable(model.file, 0, model.file.n_layers)
     machines = machines_of(swarm.capabilities(), shape.fingerprint)

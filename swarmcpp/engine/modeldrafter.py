@@ -11,6 +11,7 @@ from swarmcpp.engine.backend import WholeBackend
 from swarmcpp.engine.drafting import Draft
 from swarmcpp.engine.scheduler import CostModel
 from swarmcpp.engine.sequence import Generation
+from swarmcpp.wire.engine import Guess, Guessed, GuessPart
 
 CATCH_UP: Final = 128
 """Rows of one round at most that bring a draft model up to where its target is; all others wait for them."""
@@ -123,3 +124,39 @@ class ModelDrafter:
         if seat:
             seat.sampler.close()
             self._backend.truncate(seat.slot, 0)
+
+
+class Guesser:
+    """Answers a head's questions for guesses, which has the tokens and sends what is new. Used by one thread."""
+
+    def __init__(self, drafter: ModelDrafter) -> None:
+        self._drafter = drafter
+        self._known: dict[int, Generation] = {}
+
+    def answer(self, message: Guess) -> Guessed | None:
+        """What to answer; None if nothing is wanted any more."""
+        asked = [(self._followed(part), part.count) for part in message.parts if part.count]
+        for part in message.parts:
+            if not part.count:
+                self._forget(part.serial)
+        known = [(generation, count) for generation, count in asked if generation]
+        drafts = iter(self._drafter.draft(known) if known else ())
+        told = tuple(next(drafts).tokens if generation else None for generation, _ in asked)
+        return Guessed(told) if told else None
+
+    def _followed(self, part: GuessPart) -> Generation | None:
+        """A request with all its tokens, if those before the new ones are known."""
+        if part.request is not None:
+            self._forget(part.serial)
+            begun = [*part.request.prompt, *part.request.generated]
+            self._known[part.serial] = Generation(part.serial, part.request, begun)
+        found = self._known.get(part.serial)
+        if found is None or len(found.tokens) != part.start:
+            return None
+        found.tokens += part.tokens
+        return found
+
+    def _forget(self, serial: int) -> None:
+        found = self._known.pop(serial, None)
+        if found:
+            self._drafter.forget(found)

@@ -107,7 +107,7 @@ def expected(rates: Sequence[float]) -> list[float]:
 
 
 @dataclass(slots=True, eq=False)
-class _Candidate:
+class Candidate:
     """What could be guessed for one chunk: the best draft of those that cost nothing."""
 
     chunk: Chunk
@@ -132,20 +132,26 @@ class _Candidate:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Plan:
+class Plan:
     """Verify `gamma` guesses of each of `wide`; those of `asked` are to be had from `drafter` first."""
 
-    wide: Sequence[_Candidate]
+    wide: Sequence[Candidate]
     gamma: int
     tokens: float
     """That are expected of it, with those of the chunks that are not widened."""
     seconds: float
     drafter: Drafter | None = None
-    asked: Sequence[_Candidate] = ()
+    asked: Sequence[Candidate] = ()
 
     @property
     def rate(self) -> float:
+        """Expected tokens/s."""
         return self.tokens / self.seconds
+
+    @property
+    def wanted(self) -> list[tuple[Generation, int]]:
+        """What its drafter is asked for."""
+        return [(each.generation, self.gamma) for each in self.asked]
 
 
 def drawn_tokens(guesses: Sequence[int], draw: Callable[[int], Token]) -> list[Token]:
@@ -189,22 +195,30 @@ class Speculation:
         self, chunks: Sequence[Chunk], generations: Callable[[int], Generation], cost: CostModel
     ) -> tuple[tuple[Chunk, ...], ...]:
         """Decode chunks in groups of equally many rows, each for one call; those that have guesses come last."""
+        return self.groups(chunks, self.plan(chunks, generations, cost))
+
+    def plan(self, chunks: Sequence[Chunk], generations: Callable[[int], Generation], cost: CostModel) -> Plan | None:
+        """What to verify with decode chunks, and who is to guess it; None: nothing."""
         base_s = cost.decode_cost(len(chunks))
         candidates = self._candidates(chunks, generations) if self._drafters else []
         plan = self._ordered(candidates)
         # Without any measure yet nothing can be weighed.
         if plan is None and candidates and base_s > 0:
             plan = self._chosen(candidates, len(chunks), base_s, cost)
+        return plan
+
+    def groups(self, chunks: Sequence[Chunk], plan: Plan | None) -> tuple[tuple[Chunk, ...], ...]:
+        """The chunks under a plan, see `widen`."""
         wide = self._drafted(plan) if plan else {}
         rest = tuple(chunk for chunk in chunks if chunk.slot not in wide)
         guessed = tuple(wide[chunk.slot] for chunk in chunks if chunk.slot in wide)
         return tuple(group for group in (rest, guessed) if group)
 
-    def _drafted(self, plan: _Plan) -> dict[int, Chunk]:
+    def _drafted(self, plan: Plan) -> dict[int, Chunk]:
         """The chunks of a plan with their guesses, by slot."""
         gamma = plan.gamma
         if plan.drafter:
-            drafts = plan.drafter.draft([(each.generation, gamma) for each in plan.asked])
+            drafts = plan.drafter.draft(plan.wanted)
             for each, draft in zip(plan.asked, drafts, strict=True):
                 each.draft, each.drafter = draft, plan.drafter
             gamma = min(gamma, max(len(each.draft.tokens) for each in plan.wide))
@@ -216,7 +230,7 @@ class Speculation:
                 self._used.setdefault(each.generation.serial, []).append(used)
         return {each.chunk.slot: each.widened(gamma) for each in plan.wide}
 
-    def _ordered(self, candidates: Sequence[_Candidate]) -> _Plan | None:
+    def _ordered(self, candidates: Sequence[Candidate]) -> Plan | None:
         """What requests say that name a drafter and a number: that is not weighed. None if there are none; of those
         that differ, what the first one says."""
         forced = [each for each in candidates if each.generation.request.drafter and each.generation.request.gamma > 0]
@@ -227,9 +241,9 @@ class Speculation:
         drafter = next((each for each in self._drafters if each.name == wanted.drafter), None)
         if drafter is None or not wide or not (drafter.free is False or any(each.brings for each in wide)):
             return None
-        return _Plan(wide, self._room(wide), 0.0, 1.0, None if drafter.free else drafter, wide)
+        return Plan(wide, self._room(wide), 0.0, 1.0, None if drafter.free else drafter, wide)
 
-    def _chosen(self, candidates: Sequence[_Candidate], n_chunks: int, base_s: float, cost: CostModel) -> _Plan | None:
+    def _chosen(self, candidates: Sequence[Candidate], n_chunks: int, base_s: float, cost: CostModel) -> Plan | None:
         """The plan with the most tokens per second; None when the chunks as they are have that."""
         plans = [*self._lookups(candidates, n_chunks, cost), *self._drafts(candidates, n_chunks, cost)]
         best = max(plans, key=lambda each: each.rate, default=None)
@@ -242,7 +256,7 @@ class Speculation:
         self._trial_s -= max(0.0, costs)
         return best
 
-    def _lookups(self, candidates: Sequence[_Candidate], n_chunks: int, cost: CostModel) -> Iterator[_Plan]:
+    def _lookups(self, candidates: Sequence[Candidate], n_chunks: int, cost: CostModel) -> Iterator[Plan]:
         """The best drafts alone, as many as there are."""
         found = sorted((each for each in candidates if each.brings), key=lambda each: -each.brings[-1])
         for count in range(1, len(found) + 1):
@@ -252,9 +266,9 @@ class Speculation:
             for gamma in (*(each for each in LADDER if each < room), room):
                 if gamma > 0:
                     tokens = n_chunks + sum(each.gain(gamma) for each in wide)
-                    yield _Plan(wide, gamma, tokens, rest_s + cost.decode_cost(count * (1 + gamma)))
+                    yield Plan(wide, gamma, tokens, rest_s + cost.decode_cost(count * (1 + gamma)))
 
-    def _drafts(self, candidates: Sequence[_Candidate], n_chunks: int, cost: CostModel) -> Iterator[_Plan]:
+    def _drafts(self, candidates: Sequence[Candidate], n_chunks: int, cost: CostModel) -> Iterator[Plan]:
         """Drafts of those that compute, for all that have no better ones."""
         for drafter in self._drafters:
             wide = [each for each in candidates if not drafter.free and self._may(drafter, each)]
@@ -268,24 +282,24 @@ class Speculation:
                 asked = [each for each, (own, free) in zip(wide, gains, strict=True) if own > free]
                 if asked:
                     seconds = rest_s + cost.decode_cost(len(wide) * (1 + gamma)) + drafter.seconds(len(asked), gamma)
-                    yield _Plan(wide, gamma, n_chunks + sum(map(max, gains)), seconds, drafter, asked)
+                    yield Plan(wide, gamma, n_chunks + sum(map(max, gains)), seconds, drafter, asked)
 
-    def _room(self, wide: Sequence[_Candidate]) -> int:
+    def _room(self, wide: Sequence[Candidate]) -> int:
         """Guesses that each of these may have at most."""
         return min(self._max_rows // len(wide) - 1, *(each.most for each in wide))
 
     @staticmethod
-    def _may(drafter: Drafter, candidate: _Candidate) -> bool:
+    def _may(drafter: Drafter, candidate: Candidate) -> bool:
         return candidate.most > 0 and candidate.generation.request.drafter in ("", drafter.name)
 
-    def _candidates(self, chunks: Sequence[Chunk], generations: Callable[[int], Generation]) -> list[_Candidate]:
+    def _candidates(self, chunks: Sequence[Chunk], generations: Callable[[int], Generation]) -> list[Candidate]:
         found = []
         for chunk in chunks:
             generation = generations(chunk.slot)
             # The last token that may come needs no guess, and no row behind the end of the sequence has a place.
             most = min(generation.to_come - 1, self._n_ctx - chunk.start - 1, MAX_GAMMA)
             asked = generation.request.gamma
-            found.append(_Candidate(chunk, generation, most if asked < 0 else min(most, asked)))
+            found.append(Candidate(chunk, generation, most if asked < 0 else min(most, asked)))
         for drafter in self._drafters:
             wanted = [each for each in found if drafter.free and self._may(drafter, each)]
             drafts = drafter.draft([(each.generation, each.most) for each in wanted]) if wanted else []

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from swarmcpp.core import Clock, Sampled, SamplerLike, Token
 from swarmcpp.engine.backend import FloatRows, OpenArena, StageBackend, opens
+from swarmcpp.engine.modeldrafter import Guesser
 from swarmcpp.engine.speculation import drawn_tokens
 from swarmcpp.errors import DecodeFailed, QueueFull, StageLost, SwarmError, WireError
 from swarmcpp.telemetry import diag
@@ -20,6 +21,8 @@ from swarmcpp.wire.codec import Buffer
 from swarmcpp.wire.engine import (
     BlocksStored,
     Cancel,
+    Guess,
+    Guessed,
     Place,
     Placed,
     Ran,
@@ -75,8 +78,10 @@ class StageLoop:
         block_tokens: int = 0,
         poll_s: float = 0.0,
         open_arena: OpenArena = lambda _message: None,
+        guesser: Guesser | None = None,
     ) -> None:
         self._backend = backend
+        self._guesser = guesser
         self._open_arena = open_arena
         self._link = link
         self._clock = clock
@@ -113,6 +118,8 @@ class StageLoop:
                 self._answer_run(message, frame)
             case Place():
                 self._answer_place(message)
+            case Guess():
+                self._answer_guess(message)
             case StoreBlocks():
                 self._store(message)
             case Cancel(serial=serial):
@@ -123,6 +130,12 @@ class StageLoop:
                 self.stopped = True
             case _:
                 logger.warning("ignoring a %s message at a stage", type(message).__name__)
+
+    def _answer_guess(self, message: Guess) -> None:
+        wanted = sum(part.count > 0 for part in message.parts)
+        answer = self._guesser.answer(message) if self._guesser else Guessed((None,) * wanted) if wanted else None
+        if answer:
+            self._link.send(answer)
 
     # -- sequences -----------------------------------------------------------------------------------------------
 

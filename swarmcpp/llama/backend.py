@@ -32,6 +32,7 @@ class LlamaBackend:
         """Batch rows whose logits were asked for in the last call, by slot."""
         self._layout: KvLayout | None = None
         self._file: BlockFile | None = None
+        self.n_vocab = model.vocab.n_vocab
         self.n_slots = context.n_seqs
         self.n_ctx = context.n_ctx
         self.max_rows = MAX_ROWS

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import llama_cpp.llama_cpp as c
 
+from swarmcpp.errors import BadModel
 from swarmcpp.llama import lib
 
 
@@ -88,6 +89,15 @@ def difference(one: Vocab, other: Vocab) -> str:
         if one.special_text(token) != other.special_text(token):
             return f"token {token} is {other.special_text(token)!r} instead of {one.special_text(token)!r}"
     return "" if one.eog_tokens == other.eog_tokens else "its answers end with other tokens"
+
+
+def check_draft(target: Path, one: Vocab, draft: Path, other: Vocab) -> None:
+    """Raises BadModel for a draft whose guesses would mean something else to its target."""
+    if what := difference(one, other):
+        raise BadModel(
+            f"{draft}: cannot guess for {target}, since {what}; draft_model_path needs a smaller model of the same "
+            "family"
+        )
 
 
 class VocabModel:

@@ -35,10 +35,6 @@ MEASURED_STREAMS: Final = 64
 MEASURE_S: Final = 2.0
 """After so long no larger pass is tried: a large stage is offered all the same."""
 
-SHARED_CTX: Final = 4096
-SHARED_SLOTS: Final = 4
-"""What a model that is too large for one machine gets when nothing else is said: the rest is for weights."""
-
 Range = tuple[int, int]
 Obtain = Callable[[int, int], Awaitable[SliceFiles]]
 """The slice of a range, made or fetched. Raises StartupError."""

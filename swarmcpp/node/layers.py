@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from swarmcpp.config import Config
@@ -16,7 +17,7 @@ from swarmcpp.node.layerhost import LayerHost, Obtain, Range, SharedModel
 from swarmcpp.node.member import Swarm
 from swarmcpp.node.moving import keep_placed
 from swarmcpp.node.placing import memory_text
-from swarmcpp.node.preparing import kv_identity, model_info
+from swarmcpp.node.preparing import check_draft_of, kv_identity, model_info
 from swarmcpp.pipeline.chains import Room
 from swarmcpp.pipeline.conductor import Conductor
 from swarmcpp.pipeline.head import StageRunner
@@ -50,6 +51,7 @@ def make_head(
         encodings=pipelines.encodings,
         micro_batches=micro_batches,
         copies=swarm.copies.wanted,
+        guess=partial(pipelines.guess, fingerprint),
     )
     guesses = inference.speculative_distributed and inference.speculative_gamma > 0
     policy = PipelinePolicy(
@@ -61,6 +63,7 @@ def make_head(
         copy_every=identity.block_tokens if inference.prefix_cache_enabled and inference.replicate_kv != "off" else 0,
         drafters=lookups(ngram=inference.ngram_lookup_enabled) if guesses else (),
         gamma=inference.speculative_gamma,
+        draft=guesses and bool(inference.draft_model_path),
         ahead=inference.decentralized_spec_decoding,
     )
     facts = ModelFacts(fingerprint, n_layers, model.file.n_vocab, model.ctx_size, eog_tokens)
@@ -122,6 +125,7 @@ class ModelLayers(Hosted):
         if not files.embedding or self.conductor:
             return
         vocab = await self.read_text(files.source, model.file.chat_template)
+        await asyncio.to_thread(check_draft_of, config, files.source, vocab)
         self.conductor = await asyncio.to_thread(
             make_head, config, model, files.source, vocab.eog_tokens, swarm, self._room
         )

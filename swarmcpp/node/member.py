@@ -19,6 +19,7 @@ from swarmcpp.errors import UnknownModel
 from swarmcpp.hardware import read_hardware
 from swarmcpp.models.manifest import Manifest
 from swarmcpp.models.modelfiles import SparseModel
+from swarmcpp.node.preparing import draft_bytes
 from swarmcpp.node.remote import serve_generate
 from swarmcpp.node.requests import Requests
 from swarmcpp.node.view import chain_text, node_row, request_rows
@@ -76,6 +77,7 @@ class Swarm:
         self._identity = identity
         self._clock = clock
         self._hardware = read_hardware()
+        self._draft_bytes = draft_bytes(config)
         self._addresses: tuple[Address, ...] = ()
         self._tasks: list[asyncio.Task[None]] = []
         self._discovery: Discovery | None = None
@@ -244,7 +246,8 @@ class Swarm:
         resident = self.pipelines.resident_bytes + sum(whole)
         limit = self._config.engine.memory_bytes
         free = self._hardware.memory_available + resident
-        return free if limit is None else min(limit, free)
+        room = free if limit is None else min(limit, free)
+        return max(0, room - self._draft_bytes)
 
     def capabilities(self) -> list[Capability]:
         """What the nodes that can be asked now say of themselves, this one first."""

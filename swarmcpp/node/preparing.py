@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -18,7 +20,8 @@ from swarmcpp.kv.keys import KvIdentity
 from swarmcpp.llama.backend import GGML_TYPE_F16
 from swarmcpp.llama.probe import probe
 from swarmcpp.llama.selfdraft import bands
-from swarmcpp.models.capacity import choose_capacity, layer_bytes
+from swarmcpp.llama.vocab import Vocab, VocabModel, check_draft
+from swarmcpp.models.capacity import choose_capacity, estimate_memory, layer_bytes
 from swarmcpp.models.catalogue import load_catalogue
 from swarmcpp.models.download import resolve_model
 from swarmcpp.models.inspect import ModelFile, inspect
@@ -33,6 +36,11 @@ DISK_SHARE = 10
 
 MEMORY_SHARE = 4
 """and of the machine's memory: blocks are quick as long as the page cache can hold them."""
+
+
+SHARED_CTX: Final = 4096
+SHARED_SLOTS: Final = 4
+"""What a model that is too large for one machine gets when nothing else is said: the rest is for weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +77,6 @@ def prepare(config: Config, path: Path, name: str | None = None) -> Prepared:
     ctx_size, slots = choose_capacity(model, usable_memory(config), engine.ctx_size, engine.slots, drafts=drafts)
     options = msgspec.structs.replace(
         engine_options(config, path, ctx_size, slots),
-        draft_path=str(draft.path.resolve()) if draft else "",
         skip_ratio=config.inference.swift_skip_ratio if thinned else 0.0,
         skip_dir=str(config.storage.data_dir / "skips"),
     )
@@ -88,6 +95,22 @@ def draft_model(config: Config) -> ModelFile | None:
             f"draft_model_path = {wanted!r} is not on this machine yet; get it with `swarmcpp pull {wanted}`"
         )
     return inspect(found)
+
+
+def draft_bytes(config: Config) -> int:
+    """Memory of the draft model beside a stage; 0 without one. Blocking. Raises BadModel."""
+    draft, engine = draft_model(config), config.engine
+    if draft is None:
+        return 0
+    return estimate_memory(draft, engine.ctx_size or SHARED_CTX, engine.slots or SHARED_SLOTS).total
+
+
+def check_draft_of(config: Config, target: Path, vocab: Vocab) -> None:
+    """Compare the draft model's vocabulary with its target's. Blocking. Raises BadModel."""
+    draft = draft_model(config)
+    if draft:
+        with closing(VocabModel(draft.path)) as loaded:
+            check_draft(target, vocab, draft.path, loaded.vocab)
 
 
 def thinned_model(config: Config, model: ModelFile) -> ModelFile | None:
@@ -109,6 +132,7 @@ def thinned_model(config: Config, model: ModelFile) -> ModelFile | None:
 def engine_options(config: Config, path: Path, ctx_size: int, slots: int, *, stage: bool = False) -> EngineOptions:
     """How an engine runs the model at `path`, or as a `stage` the slice. Blocking: kernels are tried the first time."""
     inference, kernels = config.inference, probe(config.storage.data_dir).chosen
+    draft = draft_model(config)
     return EngineOptions(
         model_path=str(path.resolve()),
         ctx_size=ctx_size,
@@ -123,6 +147,7 @@ def engine_options(config: Config, path: Path, ctx_size: int, slots: int, *, sta
         prefix_block_tokens=inference.prefix_cache_block_tokens if inference.prefix_cache_enabled else 0,
         gamma=0 if stage else inference.speculative_gamma,
         ngram=inference.ngram_lookup_enabled,
+        draft_path=str(draft.path.resolve()) if draft else "",
         diag=logger.isEnabledFor(logging.DEBUG),
         stage=stage,
         poll_s=inference.stage_poll_ms / 1000 if stage else 0.0,

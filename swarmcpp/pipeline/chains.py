@@ -18,10 +18,12 @@ from swarmcpp.route.parallax import DEFAULT_LINK, Link, Stage, Work, chain_exist
 from swarmcpp.route.parallax import missing_layers as gaps
 from swarmcpp.route.passes import Curve, PassTimes, pass_s, sound_curve
 from swarmcpp.route.replicas import EXPECTED_TOKENS
+from swarmcpp.supervisor.books import GuessDone
 from swarmcpp.supervisor.stage import StageSupervisor
 from swarmcpp.swarm.membership import Status
 from swarmcpp.swarm.mesh import Mesh
 from swarmcpp.wire.codec import RowEncoding
+from swarmcpp.wire.engine import GuessPart
 
 COMPRESS_BELOW: Final = 40e6
 """Bytes/s of a link below which 8-bit rows are worth their rounding: there a pass of 16 rows of 4,096 values waits more
@@ -89,7 +91,8 @@ class Pipelines:
     def host(self, stage: OwnStage, bounds: StageBounds) -> None:
         """Run a stage for the swarm from now on; its engine is ready."""
         self._hosted[stage.ref] = stage
-        self._service.host(stage.ref, stage.supervisor, bounds)
+        supervisor = stage.supervisor
+        self._service.host(stage.ref, supervisor, bounds, supervisor.guess if supervisor.guesses else None)
 
     def own(self, ref: StageRef) -> OwnStage | None:
         """A stage of this node."""
@@ -150,6 +153,10 @@ class Pipelines:
     def caller(self, ref: StageRef) -> StageCaller:
         """A stage as a head drives it."""
         return self._service.caller(ref)
+
+    def guess(self, fingerprint: bytes, parts: Sequence[GuessPart], done: GuessDone) -> bool:
+        """See `StageService.guess`."""
+        return self._service.guess(fingerprint, parts, done)
 
     def pass_times(self, ref: StageRef) -> Curve:
         """The measured times of a stage's passes."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Protocol
@@ -14,9 +14,11 @@ from typing import Protocol
 from swarmcpp.core import Chunk, Clock, Token
 from swarmcpp.engine.scheduler import Policy, Scheduler, SlotView
 from swarmcpp.engine.sequence import gap
+from swarmcpp.engine.speculation import Plan
 from swarmcpp.errors import PeerTimeout, StageFailed, StageLost
 from swarmcpp.llama.rows import encode_rows
 from swarmcpp.pipeline.contract import Pass, Passed, StageRef
+from swarmcpp.pipeline.flights import Flight, follows
 from swarmcpp.pipeline.plan import regroup
 from swarmcpp.pipeline.runs import Broken, Chain, ModelFacts, PipelinePolicy, Run, Surroundings
 from swarmcpp.pipeline.windows import Windows
@@ -36,12 +38,6 @@ later than this."""
 
 SENT_S = 0.001
 """After this time what was just sent has left. ZeroMQ's thread gets the core only when the loop's has nothing to do."""
-
-
-def _follows(tokens: Sequence[Token], chunk: Chunk) -> bool:
-    """Whether tokens can be what came of a chunk: its guesses as far as they go, then one more."""
-    ids = tuple(token.id for token in tokens)
-    return len(ids) <= chunk.outputs and ids[:-1] == chunk.guesses[: max(0, len(ids) - 1)]
 
 
 class LaneWatch(Protocol):
@@ -66,26 +62,6 @@ class LaneWatch(Protocol):
     def measured(self, rows: int, seconds: float, wall_s: float, *, decode: bool) -> None:
         """A pass of `rows` rows took its slowest stage `seconds`, and the head `wall_s` more than passes before."""
         ...
-
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """A pass on its way: each run with its stamp and rows."""
-
-    parts: tuple[tuple[Run, tuple[int, int], Chunk], ...]
-    decode: bool
-    begun: float
-    expected_s: float
-    over: asyncio.Future[None]
-    alone: bool
-    """Nothing else was on its way when it began."""
-    timer: asyncio.TimerHandle | None = None
-    past_first: bool = False
-    """The first stage has computed it, if that is on this node."""
-
-    @property
-    def rows(self) -> int:
-        return sum(chunk.count for _, _, chunk in self.parts)
 
 
 class Lane:
@@ -118,12 +94,12 @@ class Lane:
         # A decode row waits behind every chunk that is on its way to the slowest stage.
         budget_s = policy.prefill_budget_s / self._window
         self._scheduler = Scheduler(Policy(policy.prefill_chunk_tokens, budget_s))
-        self._windows = Windows(policy, facts.ctx_size)
+        self._windows = Windows(policy, facts, around.guess, clock)
         self._planned: deque[tuple[Chunk, ...]] = deque()
         self._untold: list[Run] = []
         """Runs with tokens that their readers do not have yet."""
         self._telling: asyncio.TimerHandle | None = None
-        self._decodes: set[_Flight] = set()
+        self._decodes: set[Flight] = set()
         self._prefills = 0
         self._before_first = 0
         """Passes of prompts that the first stage has not computed yet."""
@@ -259,8 +235,29 @@ class Lane:
     # -- a pass ----------------------------------------------------------------------------------------------------
 
     def _send_decode(self, chunks: Sequence[Chunk]) -> None:
-        """Send a micro-batch, with as many guesses as pay."""
-        for group in self._windows.widen(chunks, self.runs, len(self.groups), self._scheduler.cost):
+        """Send a micro-batch, with as many guesses as pay. Until a model has made them its runs count as on their
+        way."""
+        plan = self._windows.plan(chunks, self.runs, len(self.groups), self._scheduler.cost)
+        waiting = [(self.runs[chunk.slot], self.runs[chunk.slot].stamp, chunk) for chunk in chunks]
+        if self._windows.ask(plan, lambda: self._guessed(waiting, plan)):
+            for run, _, _ in waiting:
+                run.flying += 1
+            return
+        self._send_widened(chunks, plan)
+
+    def _guessed(self, waiting: Sequence[tuple[Run, tuple[int, int], Chunk]], plan: Plan | None) -> None:
+        """Guesses have come for a micro-batch, or will not come. Of one that is not what it was another is made."""
+        same = not self.broken
+        for run, stamp, chunk in waiting:
+            if run.stamp == stamp:
+                run.flying -= 1
+            same = same and run.stamp == stamp and self.runs.get(chunk.slot) is run
+        if same:
+            self._send_widened([chunk for _, _, chunk in waiting], plan)
+        self.pump()
+
+    def _send_widened(self, chunks: Sequence[Chunk], plan: Plan | None) -> None:
+        for group in self._windows.widened(chunks, plan):
             self._send(group, decode=True)
 
     def _further(self) -> Chunk | None:
@@ -277,7 +274,7 @@ class Lane:
         known = None if expected is None else max(self._waiting_s, self._longest_s)
         limit = limit_s(known, len(self.chain))
         loop = asyncio.get_running_loop()
-        flight = _Flight(parts, decode, self._clock(), expected or 0.0, loop.create_future(), alone=not self.in_flight)
+        flight = Flight(parts, decode, self._clock(), expected or 0.0, loop.create_future(), alone=not self.in_flight)
         if decode:
             self._decodes.add(flight)
         else:
@@ -295,7 +292,7 @@ class Lane:
             failure = self._failed(self.chain[0], "internal", f"could not be asked: {error}")
             loop.call_soon(self._ended, flight, failure)
 
-    def _give_up(self, flight: _Flight, limit_s: float) -> None:
+    def _give_up(self, flight: Flight, limit_s: float) -> None:
         # Each hop gives up sooner and names the next one; so it is the first stage that is silent.
         what = f"did not end a pass within {limit_s:g} s"
         self._ended(flight, self._failed(self.chain[0], PeerTimeout.code, what))
@@ -329,7 +326,7 @@ class Lane:
             self._expected[rows] = None if computing is None else computing + self._around.rtt(self.chain)
         return self._expected[rows]
 
-    def _ended(self, flight: _Flight, result: Passed | StageFailed) -> None:
+    def _ended(self, flight: Flight, result: Passed | StageFailed) -> None:
         """Take what came of a pass, and send what can be sent now; only the first end of a pass counts."""
         if flight.over.done():
             return
@@ -357,18 +354,18 @@ class Lane:
         self.pump()
         self._tell_soon()
 
-    def _checked_tokens(self, flight: _Flight, passed: Passed) -> dict[int, tuple[Token, ...]]:
+    def _checked_tokens(self, flight: Flight, passed: Passed) -> dict[int, tuple[Token, ...]]:
         """The tokens of each part (by its index) that asked for some. Raises StageFailed."""
         wanted = [index for index, (_, _, chunk) in enumerate(flight.parts) if chunk.last]
         told = [token.id for tokens in passed.tokens for token in tokens]
         sound = len(passed.tokens) == len(wanted) and all(0 <= each < self._facts.n_vocab for each in told)
         # The rows behind a token are of what was guessed: it must be that, unless it is the last one.
         chunks = [flight.parts[index][2] for index in wanted]
-        if not sound or not all(map(_follows, passed.tokens, chunks)):
+        if not sound or not all(map(follows, passed.tokens, chunks)):
             raise self._failed(self.chain[-1], "wire", "answered a pass with tokens that cannot be")
         return dict(zip(wanted, passed.tokens, strict=True))
 
-    def _computed(self, flight: _Flight) -> None:
+    def _computed(self, flight: Flight) -> None:
         """This node has nothing to compute for a pass any more."""
         self._leave_first(flight)
         if any(run.remaining for run in self.runs.values()):
@@ -377,7 +374,7 @@ class Lane:
             self._telling.cancel()
             self._telling = asyncio.get_running_loop().call_later(SENT_S, self._tell)
 
-    def _leave_first(self, flight: _Flight) -> None:
+    def _leave_first(self, flight: Flight) -> None:
         if not flight.past_first:
             flight.past_first = True
             self._before_first -= not flight.decode
@@ -406,7 +403,7 @@ class Lane:
     def _failed(stage: StageRef, reason: str, what: str) -> StageFailed:
         return StageFailed(f"{stage.node} {what}", node=stage.node, reason=reason)
 
-    def _landed(self, flight: _Flight) -> None:
+    def _landed(self, flight: Flight) -> None:
         if flight.decode:
             self._decodes.discard(flight)
         else:
@@ -417,7 +414,7 @@ class Lane:
             if flight.decode and run.stamp == stamp:
                 run.flying -= 1
 
-    def _live(self, flight: _Flight) -> list[tuple[int, Run]]:
+    def _live(self, flight: Flight) -> list[tuple[int, Run]]:
         """Runs that a pass was for and that still wait for it, with their part's index."""
         return [
             (index, run)
@@ -425,7 +422,7 @@ class Lane:
             if self.runs.get(run.place) is run and run.stamp == stamp
         ]
 
-    def _learn(self, flight: _Flight, passed: Passed, now: float) -> None:
+    def _learn(self, flight: Flight, passed: Passed, now: float) -> None:
         took = now - flight.begun
         self._longest_s = max(took, FADING * self._longest_s)
         seconds = min(took, max((time.compute_s for time in passed.times), default=took))
@@ -438,7 +435,7 @@ class Lane:
         self._watch.measured(flight.rows, seconds, wall_s, decode=flight.decode)
         diag(logger, "pipeline pass", rows=flight.rows, parts=len(flight.parts), ms=round(1000 * took, 3))
 
-    def _commit(self, flight: _Flight, tokens: dict[int, tuple[Token, ...]], now: float) -> None:
+    def _commit(self, flight: Flight, tokens: dict[int, tuple[Token, ...]], now: float) -> None:
         """Give the runs the tokens of a pass."""
         for index, run in self._live(flight):
             if index not in tokens:
@@ -469,7 +466,7 @@ class Lane:
         if every and after // every > before // every:
             self._watch.grown(run, after)
 
-    def _fail(self, flight: _Flight, error: StageFailed) -> None:
+    def _fail(self, flight: Flight, error: StageFailed) -> None:
         """Send all runs elsewhere, unless nobody waits for the pass that failed.
 
         A stage that lost the KV of one has mostly lost that of all, as its engine was started again.

@@ -13,6 +13,7 @@ from swarmcpp.errors import StageFailed
 from swarmcpp.llama.rows import FloatRows
 from swarmcpp.peers import NodeId
 from swarmcpp.pipeline.contract import StageCaller, StageRef
+from swarmcpp.pipeline.guessing import AskGuesses
 from swarmcpp.route.passes import Curve
 from swarmcpp.wire.codec import RowEncoding
 
@@ -47,6 +48,8 @@ class PipelinePolicy:
     drafters: tuple[Callable[[], Drafter], ...] = ()
     """Who guesses ahead what passes verify; each lane has its own."""
     gamma: int = 4
+    draft: bool = False
+    """A draft model is beside a stage of the head's node."""
     ahead: bool = True
     """Further guesses go out before the earlier ones are verified."""
 
@@ -71,7 +74,8 @@ class Surroundings:
     full blocks of tokens under a salt; none where caching is off. `rtt` is the sum of the delays of a chain's links,
     from the head round to the head, in seconds. `copies` says whether a stage of a chain has a double that may want
     copies of what it stores. `encodings` are those of rows to the first stage and between the others.
-    `micro_batches(streams, curves, rtt_s, most)` is how many micro-batches to keep in flight.
+    `micro_batches(streams, curves, rtt_s, most)` is how many micro-batches to keep in flight. `guess` asks the draft
+    model beside a stage of the node.
     """
 
     embed: Callable[[Sequence[int]], FloatRows]
@@ -83,6 +87,7 @@ class Surroundings:
     encodings: Callable[[Chain], tuple[RowEncoding, RowEncoding]]
     micro_batches: Callable[[int, Sequence[Curve], float, int], int]
     copies: Callable[[Chain], bool] = lambda _chain: False
+    guess: AskGuesses = lambda _parts, _done: False
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,9 @@ from swarmcpp.pipeline import calls
 from swarmcpp.pipeline.calls import StageBounds, StageHost
 from swarmcpp.pipeline.contract import Pass, PassDone, Passed, StageCaller, StageRef, StageTime
 from swarmcpp.route.patience import hop_s
-from swarmcpp.supervisor.books import Computed
+from swarmcpp.supervisor.books import Computed, GuessDone
 from swarmcpp.swarm.endpoint import Responder
+from swarmcpp.wire.engine import GuessPart
 from swarmcpp.wire.peers import (
     AskStage,
     Caller,
@@ -59,6 +60,10 @@ _DOCUMENTED = (StageLost, QueueFull, PeerLost, PeerTimeout, NotReady, EngineFail
 """What `contract.StageCaller` raises."""
 
 
+Guess = Callable[[Sequence[GuessPart], GuessDone], None]
+"""Asks the draft model beside a stage. Raises SwarmError; then the second argument is not called."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Hosted:
     """A stage of this node."""
@@ -66,6 +71,7 @@ class _Hosted:
     ref: StageRef
     host: StageHost
     bounds: StageBounds
+    guess: Guess | None
 
 
 class StageService:
@@ -91,9 +97,10 @@ class StageService:
         self._hosted: dict[tuple[bytes, Hop], _Hosted] = {}
         self._on_offer = on_offer
 
-    def host(self, ref: StageRef, host: StageHost, bounds: StageBounds) -> None:
-        """Answer for a stage of this node from now on, which takes the place of one of the same layers."""
-        self._hosted[ref.fingerprint, calls.hop(ref)] = _Hosted(ref, host, bounds)
+    def host(self, ref: StageRef, host: StageHost, bounds: StageBounds, guess: Guess | None = None) -> None:
+        """Answer for a stage of this node from now on, which takes the place of one of the same layers. `guess` asks
+        the draft model beside it."""
+        self._hosted[ref.fingerprint, calls.hop(ref)] = _Hosted(ref, host, bounds, guess)
 
     def drop(self, ref: StageRef) -> None:
         """Answer no more for a stage; unknown ones are ignored."""
@@ -104,6 +111,15 @@ class StageService:
         if ref.node == self._node:
             return LocalStage(ref, self._find, self.caller, self._clock)
         return RemoteStage(ref, self._callers, self._alive)
+
+    def guess(self, fingerprint: bytes, parts: Sequence[GuessPart], done: GuessDone) -> bool:
+        """Ask the draft model beside a stage of this node; False when there is none now, and `done` is not called."""
+        for hosted in self._hosted.values():
+            if hosted.ref.fingerprint == fingerprint and hosted.guess:
+                with contextlib.suppress(SwarmError):
+                    hosted.guess(parts, done)
+                    return True
+        return False
 
     def _find(self, fingerprint: bytes, hop: Hop) -> _Hosted:
         """A stage of this node. Raises StageLost."""

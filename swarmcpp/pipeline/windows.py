@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from typing import Final
 
-from swarmcpp.core import MAX_OUTPUTS, Chunk, TokenPart
+from swarmcpp.core import MAX_OUTPUTS, Chunk, Clock, TokenPart
+from swarmcpp.engine.drafting import Drafter
 from swarmcpp.engine.scheduler import CostModel
-from swarmcpp.engine.speculation import Speculation
-from swarmcpp.pipeline.runs import PipelinePolicy, Run
+from swarmcpp.engine.speculation import Plan, Speculation
+from swarmcpp.pipeline.guessing import AskedDrafter, AskGuesses
+from swarmcpp.pipeline.runs import ModelFacts, PipelinePolicy, Run
 
 MOST_WINDOWS: Final = 8
 """Of one stream on their way: further ones are hardly ever right."""
 
 
 class Windows:
-    """Guesses for the runs of one lane. Seconds are of passes; `slowest` are those of the slowest stage by rows."""
+    """Guesses for the runs of one lane. Seconds are of passes; `slowest` are those of the slowest stage by rows. `ask`
+    reaches a draft model, if the policy has one."""
 
-    def __init__(self, policy: PipelinePolicy, n_ctx: int) -> None:
-        drafters = [make() for make in policy.drafters]
-        self._speculation = Speculation(drafters, gamma=policy.gamma, max_rows=MAX_OUTPUTS, n_ctx=n_ctx)
+    def __init__(self, policy: PipelinePolicy, facts: ModelFacts, ask: AskGuesses, clock: Clock) -> None:
+        self._asked = AskedDrafter(ask, facts.n_vocab, clock)
+        drafters: list[Drafter] = [make() for make in policy.drafters]
+        if policy.draft:
+            drafters.append(self._asked)
+        self._speculation = Speculation(drafters, gamma=policy.gamma, max_rows=MAX_OUTPUTS, n_ctx=facts.ctx_size)
         self._most = MOST_WINDOWS if policy.ahead else 1
         self._round = CostModel()
         """From the head round to the head, when nothing else is on its way or the chain is full."""
         self._gamma = 0
         """Guesses of each chunk of the last decode pass."""
 
-    def widen(
-        self, chunks: Sequence[Chunk], runs: Mapping[int, Run], rounds: int, slowest: CostModel
-    ) -> tuple[tuple[Chunk, ...], ...]:
-        """The decode rows of a micro-batch, one of `rounds`, with as many guesses as pay; a group is a pass."""
+    def plan(self, chunks: Sequence[Chunk], runs: Mapping[int, Run], rounds: int, slowest: CostModel) -> Plan | None:
+        """What to verify with the decode rows of a micro-batch, one of `rounds`."""
         cost = self._round if rounds <= 1 else self._shared(rounds, slowest)
-        groups = self._speculation.widen(chunks, runs.__getitem__, cost)
+        return self._speculation.plan(chunks, runs.__getitem__, cost)
+
+    def ask(self, plan: Plan | None, done: Callable[[], None]) -> bool:
+        """Have the guesses of a plan made by a model; False when it needs none, or nobody makes them. Then, as after
+        `done`, it is for `widened`."""
+        return plan is not None and plan.drafter is self._asked and self._asked.ask(plan.wanted, done)
+
+    def widened(self, chunks: Sequence[Chunk], plan: Plan | None) -> tuple[tuple[Chunk, ...], ...]:
+        """The decode rows of a micro-batch with the guesses of its plan; a group is a pass."""
+        groups = self._speculation.groups(chunks, plan)
         self._gamma = len(groups[-1][0].guesses) if groups else 0
         return groups
 

@@ -29,6 +29,11 @@ ComputeDone = Callable[[Computed | SwarmError], None]
 """What is called with the end of one stage's part of a pass. It must not raise."""
 
 
+GuessDone = Callable[[tuple[tuple[int, ...] | None, ...]], None]
+"""What is called with the guesses of a draft model (see `wire.engine.Guessed`), none of them when its engine failed. It
+must not raise."""
+
+
 @dataclass(slots=True, eq=False)
 class StageSequence:
     """A sequence. `offered` tokens may be resumed; `length`, or fewer while a pass is under way, are in its KV."""
@@ -77,11 +82,13 @@ class Waiting:
     """Of rows in `passes`."""
     placing: dict[int, deque[Placing]] = field(default_factory=dict)
     storing: dict[int, deque[asyncio.Future[None]]] = field(default_factory=dict)
+    guessing: deque[GuessDone] = field(default_factory=deque)
 
     @property
     def count(self) -> int:
         """Answers that are owed."""
-        return len(self.passes) + sum(map(len, self.placing.values())) + sum(map(len, self.storing.values()))
+        queued = sum(map(len, self.placing.values())) + sum(map(len, self.storing.values()))
+        return len(self.passes) + queued + len(self.guessing)
 
     def futures(self) -> list[asyncio.Future[Any]]:
         """Those who wait for the end of anything but a pass."""

@@ -12,7 +12,16 @@ from typing import Unpack
 from swarmcpp.core import TILE_ROWS, Clock, GenerateRequest
 from swarmcpp.errors import EngineFailed, NotReady, QueueFull, StageLost, SwarmError, WireError, revive
 from swarmcpp.kv.keys import KEY_BYTES
-from swarmcpp.supervisor.books import Computed, ComputeDone, Placing, StageSequence, Underway, Waiting, next_of
+from swarmcpp.supervisor.books import (
+    Computed,
+    ComputeDone,
+    GuessDone,
+    Placing,
+    StageSequence,
+    Underway,
+    Waiting,
+    next_of,
+)
 from swarmcpp.supervisor.incarnation import Incarnation
 from swarmcpp.supervisor.process import EngineProcess, ProcessOptions
 from swarmcpp.wire.codec import Buffer, RowEncoding
@@ -21,6 +30,9 @@ from swarmcpp.wire.engine import (
     Cancel,
     EngineOptions,
     FromEngine,
+    Guess,
+    Guessed,
+    GuessPart,
     Place,
     Placed,
     Ran,
@@ -184,6 +196,19 @@ class StageSupervisor(EngineProcess):
         self.begin(parts, encoding, rows, reply, done)
         return await future
 
+    @property
+    def guesses(self) -> bool:
+        """Whether its engine has a draft model beside the stage."""
+        return bool(self._options.draft_path)
+
+    def guess(self, parts: Sequence[GuessPart], done: GuessDone) -> None:
+        """Let the draft model guess, after the passes that are under way; `done` is not called for parts that say that
+        requests have ended. Raises StageLost, QueueFull, NotReady, EngineFailed."""
+        self._check_room(0)
+        self._send(Guess(tuple(parts)))
+        if any(part.count for part in parts):
+            self._waiting.guessing.append(done)
+
     async def store(self, sequence: bytes, epoch: int, keys: Sequence[bytes]) -> None:
         """See `contract.StageCaller`. Returns when the blocks are there. Raises StageLost, QueueFull, EngineFailed,
         WireError."""
@@ -296,6 +321,9 @@ class StageSupervisor(EngineProcess):
                 self._on_ran(message, frame)
             case Placed():
                 self._on_placed(message)
+            case Guessed(tokens=tokens):
+                if self._waiting.guessing:
+                    self._waiting.guessing.popleft()(tokens)
             case BlocksStored():
                 self._enter(incarnation, message)
                 future = next_of(self._waiting.storing, message.serial)
@@ -366,3 +394,5 @@ class StageSupervisor(EngineProcess):
         for future in waiting.futures():
             if not future.done():
                 future.set_exception(error)
+        for guessed in waiting.guessing:
+            guessed(())

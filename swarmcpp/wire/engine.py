@@ -40,7 +40,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     and with `ngram` what followed the same tokens before."""
     ngram: bool = False
     draft_path: str = ""
-    """A model that guesses ahead; empty: none."""
+    """A model that guesses ahead; empty: none. At a stage it answers what its node asks."""
     skip_ratio: float = 0.0
     """Layers of the model itself without which it guesses ahead; 0: it does not. `skip_dir` is where that is kept."""
     skip_dir: str = ""
@@ -130,6 +130,24 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     reply: RowEncoding
 
 
+class GuessPart(msgspec.Struct, frozen=True, array_like=True):
+    """Request `serial` goes on with `tokens` from position `start`; up to `count` tokens that may follow are wanted (0:
+    it has ended). `request` says how it is sampled, where the engine may not know it yet."""
+
+    serial: int
+    start: int
+    tokens: tuple[int, ...]
+    count: int
+    request: GenerateRequest | None = None
+
+
+class Guess(msgspec.Struct, frozen=True, tag="guess"):
+    """Node to stage: let the draft model guess for these requests, together. Answered by Guessed, in the order of
+    Guesses, unless all parts have ended."""
+
+    parts: tuple[GuessPart, ...]
+
+
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """Node to engine: free everything and exit."""
 
@@ -195,6 +213,13 @@ class Ran(msgspec.Struct, frozen=True, tag="ran"):
     message: str = ""
 
 
+class Guessed(msgspec.Struct, frozen=True, tag="guessed"):
+    """Stage to node: the answer to Guess, for each part that has not ended; None where the engine does not know what
+    comes before `start`."""
+
+    tokens: tuple[tuple[int, ...] | None, ...]
+
+
 class Fault(msgspec.Struct, frozen=True, tag="fault"):
     """Engine to node: it cannot go on and exits; `code` is a wire code of swarmcpp.errors."""
 
@@ -225,8 +250,8 @@ class StepOut(msgspec.Struct, frozen=True, tag="step"):
     refused: tuple[Refused, ...] = ()
 
 
-ToEngine = Load | UseArena | Submit | StoreBlocks | Forget | Cancel | Place | Run | Stop
-FromEngine = LoadProgress | Ready | Fault | StepOut | BlocksFull | BlocksStored | Placed | Ran
+ToEngine = Load | UseArena | Submit | StoreBlocks | Forget | Cancel | Place | Run | Guess | Stop
+FromEngine = LoadProgress | Ready | Fault | StepOut | BlocksFull | BlocksStored | Placed | Ran | Guessed
 Message = ToEngine | FromEngine
 
 _codec: Codec[Message] = Codec(Message, VERSION, MAX_FRAME)

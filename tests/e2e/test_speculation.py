@@ -33,8 +33,9 @@ def server(unquantised: Path, new_data_dir: DataDirMaker) -> Iterator[ServeProce
 
 @pytest.fixture(scope="module")
 def stages(unquantised: Path, new_data_dir: DataDirMaker) -> Iterator[Pipeline]:
-    """Two stages of it."""
-    with pipeline(unquantised, new_data_dir, ("0-7", "7-12")) as whole:
+    """Two stages of it, with its draft beside them."""
+    flags = ("--slots", "8", "--ctx-size", "2048", "--draft-model", DRAFT)
+    with pipeline(unquantised, new_data_dir, ("0-7", "7-12"), *flags) as whole:
         yield whole
 
 
@@ -136,6 +137,25 @@ async def test_stages_verify_guesses(server: ServeProcess, stages: Pipeline, htt
     assert [text for text, _ in await asyncio.gather(*(told(http, url, body) for body in bodies))] == expected
     # What was stored of them is of tokens that were accepted.
     assert [(await told(http, url, body))[0] for body in bodies[:3]] == expected[:3]
+
+
+async def test_a_draft_model_guesses_for_stages(
+    server: ServeProcess, stages: Pipeline, http: aiohttp.ClientSession
+) -> None:
+    expected = await plain(http, server.url)
+    bodies: list[Body] = [completion(text, TOKENS, speculative={"drafter": "draft", "gamma": 3}) for text in BEGINNINGS]
+    url = stages["Ann"].url
+    text, times = await told(http, url, bodies[0])
+    assert text == expected[0]
+    assert times["draft_n_accepted"] >= TOKENS // 2
+    assert [text for text, _ in await asyncio.gather(*(told(http, url, body) for body in bodies))] == expected
+    # The engine that has the draft is the head's own stage as well.
+    heard = Heard()
+    task = asyncio.create_task(listen(http, url, bodies[1], heard))
+    await until(lambda: heard.chars >= 60 or task.done(), "text", pause_s=0.001)
+    stages["Ann"].kill_engine()
+    await task
+    assert (heard.text, heard.finish, heard.error) == (expected[1], "length", None)
 
 
 async def test_a_stage_that_dies_with_guesses_under_way(

@@ -10,9 +10,10 @@ from engine_support import prompt_of, request
 from fake_backend import FakeBackend, continuation, next_token
 
 from swarmcpp.core import GenerateRequest, SamplingParams
-from swarmcpp.engine.modeldrafter import CATCH_UP, ModelDrafter
+from swarmcpp.engine.modeldrafter import CATCH_UP, Guesser, ModelDrafter
 from swarmcpp.engine.sequence import Generation
 from swarmcpp.testing import FakeClock
+from swarmcpp.wire.engine import Guess, Guessed, GuessPart
 
 SAMPLED = SamplingParams(temperature=0.8, seed=5)
 
@@ -108,3 +109,33 @@ def test_a_request_that_goes_on_elsewhere_is_drawn_for_from_where_it_stood() -> 
     told = continuation(asked, 40, 97)
     resumed = running(replace(asked, generated=tuple(told[:10])), told[10:12])
     assert list(drafter_of(backend).draft([(resumed, 4)])[0].tokens) == told[12:16]
+
+
+# -- for the head of a chain -------------------------------------------------------------------------------------------
+
+
+def test_a_head_says_only_what_is_new() -> None:
+    backend = FakeBackend(n_slots=2)
+    guesser = Guesser(drafter_of(backend))
+    asked = request(prompt_of(20), 40, sampling=SAMPLED)
+    told = continuation(asked, 40, 97)
+    answer = guesser.answer(Guess((GuessPart(7, 20, (told[0],), 3, asked),)))
+    assert answer == Guessed((tuple(told[1:4]),))
+    assert guesser.answer(Guess((GuessPart(7, 21, tuple(told[1:5]), 4),))) == Guessed((tuple(told[5:9]),))
+    # All it knew of it goes when it has ended, which is not answered.
+    assert guesser.answer(Guess((GuessPart(7, 0, (), 0),))) is None
+    assert (backend.kv, backend.open_samplers) == ([[], []], 0)
+
+
+def test_what_is_not_known_is_said_to_be_so_and_may_be_told_again() -> None:
+    backend = FakeBackend(n_slots=2)
+    guesser = Guesser(drafter_of(backend))
+    asked, other = request(prompt_of(20), 40), request(prompt_of(9, 1), 40)
+    told = continuation(asked, 9, 97)
+    parts = (GuessPart(1, 21, (told[1],), 2), GuessPart(2, 9, (), 2, other))
+    assert guesser.answer(Guess(parts)) == Guessed((None, tuple(continuation(other, 2, 97))))
+    # As a head does that was told so, or whose request was begun again.
+    for _ in range(2):
+        assert guesser.answer(Guess((GuessPart(1, 20, tuple(told[:2]), 2, asked),))) == Guessed((tuple(told[2:4]),))
+    # With a hole before it.
+    assert guesser.answer(Guess((GuessPart(1, 30, (5,), 2),))) == Guessed((None,))

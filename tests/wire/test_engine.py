@@ -97,6 +97,7 @@ options = st.builds(
 )
 rows = st.lists(ids, max_size=3).map(tuple)
 run_parts = st.builds(engine.RunPart, ids, ids, ids, ids)
+guess_parts = st.builds(engine.GuessPart, ids, ids, st.lists(tokens, max_size=4).map(tuple), ids, st.none() | requests)
 encodings = st.sampled_from(["f32", "q8_0"])
 layouts = st.builds(KvLayout, magic=ids, n_stream=ids, k_type=ids, v_type=ids, k_rows=rows, v_rows=rows)
 by_class: dict[type, st.SearchStrategy[Any]] = {
@@ -108,6 +109,7 @@ by_class: dict[type, st.SearchStrategy[Any]] = {
     Cancel: st.builds(Cancel, ids),
     engine.Place: st.builds(engine.Place, ids, ids, st.lists(blocks, max_size=3).map(tuple), st.none() | requests),
     engine.Run: st.builds(engine.Run, ids, st.lists(run_parts, max_size=4).map(tuple), encodings, encodings),
+    engine.Guess: st.builds(engine.Guess, st.lists(guess_parts, max_size=3).map(tuple)),
     Stop: st.builds(Stop),
     engine.LoadProgress: st.builds(engine.LoadProgress, numbers),
     engine.Ready: st.builds(engine.Ready, ids, ids, ids, ids, st.none() | layouts, text),
@@ -124,6 +126,9 @@ by_class: dict[type, st.SearchStrategy[Any]] = {
         st.booleans(),
         text,
         text,
+    ),
+    engine.Guessed: st.builds(
+        engine.Guessed, st.lists(st.none() | st.lists(tokens, max_size=4).map(tuple), max_size=3).map(tuple)
     ),
     Fault: st.builds(Fault, text, text),
     engine.StepOut: st.builds(
