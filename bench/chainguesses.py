@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
+from bench.draftpairs import SMALL, TARGET, written
 from bench.farlink import far
 from bench.guesses import OFF, PLAIN, SPEC_TYPES, Task, ask, copy_task, counting_model, novel_task
 from bench.load import Client, throughput
@@ -18,6 +20,7 @@ from bench.rpc import BEST, RPC, Rpc
 from bench.setting import LLAMA, SWARM, Setup
 
 RTT_S = 0.050
+PAIR_RTT_S = 0.020
 CTX = 1024
 LINK_BYTES = "on the link for each token, both ways"
 
@@ -101,6 +104,32 @@ async def copy(setup: Setup) -> Outcome:
             at_least(f"copy, of {best}", figure.gain(SWARM, best), 2.5),
         ]
     return replace(outcome, verdicts=(*outcome.verdicts, *claims))
+
+
+async def pair(setup: Setup) -> Outcome:
+    """A 1.5B shape over two stages with a small draft of one mind beside the first, 20 ms apart."""
+    target, small = await asyncio.gather(*(asyncio.to_thread(written, setup, *each) for each in (TARGET, SMALL)))
+    setup = replace(setup, model=target)
+    with namespaces(2) as spaces:
+        async with AsyncExitStack() as stack:
+            ends = await stack.enter_async_context(far((spaces[0], spaces[1]), PAIR_RTT_S / 2))
+            nodes = await stack.enter_async_context(Nodes(setup))
+            client = await two_stages(nodes, Case(apart(ends), 1, CTX), target, "--draft-model", str(small))
+            race = _Race(setup, "pair", _drafted_task, lambda: sum(end.received() for end in ends))
+            race.clients = {PLAIN: client, SWARM: client}
+            for round_ in range(-1, setup.repeats):
+                await race.round(round_)
+            shown = dict(nodes.commands)
+    figure = Figure(f"1.5B shape, one stream, {1000 * PAIR_RTT_S:g} ms round trip", "tokens/s", race.rates)
+    verdicts = (
+        Verdict("pair: both give the same answers", race.differ == 0, timed=False),
+        at_least("pair, of plain passes", figure.gain(SWARM, PLAIN), 2.0),
+    )
+    return Outcome("chain pair", (figure, Figure(LINK_BYTES, "bytes", race.sizes, "lower")), verdicts, (), shown)
+
+
+def _drafted_task(rng: random.Random) -> Task:
+    return Task(novel_task(rng).prompt, {"speculative": {"drafter": "draft"}})
 
 
 async def novel(setup: Setup) -> Outcome:

@@ -19,11 +19,14 @@ from swarmcpp.llama.context import Context, ContextOptions, Model
 from swarmcpp.models.embedded import DRAFT, embedded_file
 from swarmcpp.models.synthetic import Shape, write_model
 
-TARGET = replace(
+_BIG = replace(
     SHAPE, name="Qwen2.5-1.5B-shape that counts", n_layers=28, n_embd=1536, n_head=12, n_head_kv=2, n_ff=8960
 )
-SMALL = replace(SHAPE, name="draft that counts", n_layers=4, n_embd=256, n_head=4, n_head_kv=2, n_ff=1024)
-"""It says the same as TARGET: both say the next id."""
+_LITTLE = replace(SHAPE, name="draft that counts", n_layers=4, n_embd=256, n_head=4, n_head_kv=2, n_ff=1024)
+
+TARGET = (_BIG, "qwen2.5-1.5b-counts-q8_0.gguf")
+SMALL = (_LITTLE, "draft-counts-q8_0.gguf")
+"""Shapes and files. It says the same as TARGET: both say the next id."""
 
 STORIES = tuple(f"Once upon a time there was a {hero} named {name}." for hero, name in zip(HEROES, NAMES, strict=True))
 CTX = 1024
@@ -32,7 +35,8 @@ FORCED: Mapping[str, Any] = {"speculative": {"drafter": "draft", "gamma": GAMMA}
 SKIPPING = {"SWARMCPP_INFERENCE_SWIFT_SELF_SPECULATIVE": "true"}
 
 
-def _written(setup: Setup, shape: Shape, name: str) -> Path:
+def written(setup: Setup, shape: Shape, name: str) -> Path:
+    """A model of that shape in Q8_0, written once."""
     path = setup.out / name
     if not path.is_file():
         setup.out.mkdir(parents=True, exist_ok=True)
@@ -84,8 +88,8 @@ def _acceptance(replies: Sequence[Reply]) -> float:
 
 async def pair(setup: Setup) -> Outcome:
     """A 1.5B shape and a small draft of one mind: what a draft that is always right brings."""
-    target = await asyncio.to_thread(_written, setup, TARGET, "qwen2.5-1.5b-counts-q8_0.gguf")
-    small = await asyncio.to_thread(_written, setup, SMALL, "draft-counts-q8_0.gguf")
+    target = await asyncio.to_thread(written, setup, *TARGET)
+    small = await asyncio.to_thread(written, setup, *SMALL)
     launch = _server(setup, target, "--draft-model", str(small))
     rounds = [[novel_task(setup.rng("pair", number)).prompt] for number in range(-1, setup.repeats)]
     settings = {PLAIN: OFF, SWARM: {"speculative": {"drafter": "draft"}}}
@@ -167,11 +171,11 @@ async def skip(setup: Setup) -> Outcome:
     figures: list[Figure] = []
     notes: list[str] = []
     launches: list[Launch] = []
-    target = await asyncio.to_thread(_written, setup, TARGET, "qwen2.5-1.5b-counts-q8_0.gguf")
+    target = await asyncio.to_thread(written, setup, *TARGET)
     counted = [[novel_task(setup.rng("skip", number)).prompt] for number in range(-1, setup.repeats)]
     cases: tuple[tuple[str, Path, Sequence[Sequence[Prompt]]], ...] = (
         ("guide", embedded_file(), [STORIES] * (1 + setup.repeats)),
-        (TARGET.name, target, counted),
+        (_BIG.name, target, counted),
     )
     settings: dict[str, Mapping[str, Any]] = {
         PLAIN: OFF,

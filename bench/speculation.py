@@ -20,6 +20,7 @@ SCENARIOS: runner.Scenarios = {
     "chain-copy": chainguesses.copy,
     "chain-novel": chainguesses.novel,
     "pair": draftpairs.pair,
+    "chain-pair": chainguesses.pair,
     "guide": draftpairs.guide,
     "skip": draftpairs.skip,
     "same": sameness.same,
