@@ -42,6 +42,8 @@ class AskedDrafter:
         """Seconds of a guess for so many sequences, the way to the engine and back among them."""
         self._told: dict[int, int] = {}
         """Tokens of each generation that the engine knows."""
+        self._begun: set[int] = set()
+        """Serials that an engine may know, also if it did not answer."""
         self._came: dict[int, tuple[int, tuple[int, ...]]] = {}
         """For each generation, after how many tokens it was asked for, and the guesses."""
         self._absent_until = 0.0
@@ -75,7 +77,7 @@ class AskedDrafter:
                 if found is None:
                     # It was started again, or is another one.
                     self._told.pop(serial, None)
-                else:
+                elif serial in self._begun:
                     self._came[serial] = (length, tuple(takewhile(lambda token: 0 <= token < self._n_vocab, found)))
             if any(guesses):
                 self._cost = self._cost.after_decode(len(asked), (self._clock() - begun) / gamma)
@@ -84,6 +86,7 @@ class AskedDrafter:
         timer = asyncio.get_running_loop().call_later(LIMIT_S, came, ())
         if self._ask([self._part(generation, count) for generation, count in asked], came):
             self._told |= dict(lengths)
+            self._begun.update(self._told)
             return True
         timer.cancel()
         self._lost()
@@ -104,6 +107,9 @@ class AskedDrafter:
 
     def forget(self, generation: Generation) -> None:
         """See `Drafter`."""
-        self._came.pop(generation.serial, None)
-        if self._told.pop(generation.serial, None) is not None:
-            self._ask([GuessPart(generation.serial, 0, (), 0)], lambda _guesses: None)
+        serial = generation.serial
+        self._came.pop(serial, None)
+        self._told.pop(serial, None)
+        if serial in self._begun:
+            self._begun.remove(serial)
+            self._ask([GuessPart(serial, 0, (), 0)], lambda _guesses: None)

@@ -43,7 +43,7 @@ class Engine:
         wanted = [part for part in parts if part.count]
         for part in parts:
             if not part.count:
-                del self._of[part.serial]
+                self._of.pop(part.serial, None)
         if not wanted or self.silent:
             return True
         asyncio.get_running_loop().call_later(0.0005, lambda: done(self._answer(wanted)))
@@ -211,6 +211,16 @@ async def test_guesses_are_for_the_tokens_that_they_were_made_after() -> None:
     assert engine.asked[-1] == [GuessPart(1, 0, (), 0)]
 
 
+async def test_nothing_is_kept_of_one_that_ended_while_guesses_were_made() -> None:
+    engine, over = Engine(), asyncio.Event()
+    drafter, one = AskedDrafter(engine.ask, N_VOCAB, FakeClock()), generation()
+    engine._answers[one.request.prompt] = [7, 8, 9, 9]
+    assert drafter.ask([(one, 4)], over.set)
+    drafter.forget(one)
+    await over.wait()
+    assert (drafter._came, drafter._told, drafter._begun) == ({}, {}, set())
+
+
 async def test_an_engine_that_is_away_is_left_alone_for_a_while() -> None:
     engine, clock = Engine(), FakeClock()
     drafter = AskedDrafter(engine.ask, N_VOCAB, clock)
@@ -230,3 +240,6 @@ async def test_a_silent_engine_is_not_waited_for(monkeypatch: pytest.MonkeyPatch
     assert drafter.ask([(generation(), 4)], over.set)
     await over.wait()
     assert drafter.seconds(1, 1) == float("inf")
+    # It may live, and know of it.
+    drafter.forget(generation())
+    assert engine.asked[-1] == [GuessPart(1, 0, (), 0)]
