@@ -17,7 +17,7 @@ FLAGS = ("--slots", "8", "--ctx-size", "2048")
 EXACT = {"SWARMCPP_INFERENCE_ACTIVATION_COMPRESSION": "off"}
 """How fast a link looks depends on what else the machine does, and with it whether rows are rounded on the way."""
 
-CHAIN_S = 30.0
+CHAIN_S = 90.0
 """To see peers and have a chain through them."""
 
 

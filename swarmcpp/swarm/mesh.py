@@ -12,8 +12,8 @@ import contextlib
 import logging
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Protocol
 
 from swarmcpp.core import Clock
 from swarmcpp.errors import BadRequest, IdentityTaken, SwarmError, WireError
@@ -143,17 +143,16 @@ class Mesh:
         await self._dialler.aclose()
         await self.endpoint.aclose()
 
-    def _spawn(self, work: Awaitable[None], name: str) -> asyncio.Task[None]:
-        async def root() -> None:
-            try:
-                await work
-            except Exception:
-                logger.exception("the swarm's %s task failed", name)
-
-        task = asyncio.create_task(root(), name=name)
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("the swarm's %s task failed", task.get_name(), exc_info=error)
 
     def _capability(self) -> Capability:
         return self.announcer.stamped(self._services.capability())

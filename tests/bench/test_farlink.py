@@ -41,18 +41,18 @@ async def _exchange(a: netns.Namespace, b: netns.Namespace) -> None:
     out.setblocking(False)
     begun = time.perf_counter()
     await asyncio.get_running_loop().sock_connect(out, listener.getsockname())
-    assert 2 * ONE_WAY_S <= time.perf_counter() - begun < 0.5
+    assert time.perf_counter() - begun >= 2 * ONE_WAY_S
     reader, writer = await asyncio.open_connection(sock=out)
     begun = time.perf_counter()
     writer.write(b"there")
     assert await reader.readexactly(5) == b"there"
-    assert 2 * ONE_WAY_S <= time.perf_counter() - begun < 0.5
-    many = bytes(range(256)) * 8192
+    assert time.perf_counter() - begun >= 2 * ONE_WAY_S
+    many = bytes(range(256)) * 32768
     begun = time.perf_counter()
     writer.write(many)
     assert await reader.readexactly(len(many)) == many
-    # Thirty and more packets each way: one after another they would take 2.6 s.
-    assert time.perf_counter() - begun < 1.3
+    # 130 packets and more each way: one after another they would take 5 s.
+    assert time.perf_counter() - begun < 4.0
     writer.close()
     await writer.wait_closed()
     await closed.wait()

@@ -23,13 +23,13 @@ async def test_every_round_trip_takes_twice_the_delay_and_bytes_keep_their_order
             begun = time.perf_counter()
             writer.write(message)
             assert await reader.readexactly(len(message)) == message
-            assert 0.04 <= time.perf_counter() - begun < 0.2
-        many = bytes(range(256)) * 4096
+            assert time.perf_counter() - begun >= 0.04
+        many = bytes(range(256)) * 16384
         begun = time.perf_counter()
         writer.write(many)
         assert await reader.readexactly(len(many)) == many
-        # The delay is one of time, not of rate: a megabyte is not one round trip after another.
-        assert time.perf_counter() - begun < 1.0
+        # The delay is one of time, not of rate: 64 pieces do not take as many round trips, which are 2.6 s.
+        assert time.perf_counter() - begun < 2.0
         writer.write_eof()
         assert await reader.read() == b""
         writer.close()
