@@ -92,7 +92,7 @@ class Fuzzer:
         self.table = self._read(N_BLOCKS * ENTRY_BYTES, PAGE)
         self.file = ArenaFile(arena.path, arena.geometry)
         self.sink = Sink()
-        model: Any = SimpleNamespace(vocab=SimpleNamespace(eog_tokens=frozenset()))
+        model: Any = SimpleNamespace(vocab=SimpleNamespace(eog_tokens=frozenset(), n_vocab=0))
         context: Any = self.sink
         self.backend = LlamaBackend(model, context, BLOCK_TOKENS)
         self.backend._layout = LAYOUT
