@@ -9,7 +9,7 @@ import asyncio
 import fcntl
 import os
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +29,15 @@ IFF_TUN, IFF_NO_PI = 0x0001, 0x1000
 
 
 @asynccontextmanager
-async def far(spaces: tuple[Namespace, Namespace], one_way_s: float) -> AsyncIterator[tuple[Namespace, Namespace]]:
-    """The same namespaces under addresses between which packets take `one_way_s` longer. Raises NoNamespaces."""
+async def far(
+    spaces: tuple[Namespace, Namespace], one_way_s: float, later: Callable[..., object] | None = None
+) -> AsyncIterator[tuple[Namespace, Namespace]]:
+    """The same namespaces under addresses between which packets take `one_way_s` longer. Raises NoNamespaces.
+
+    `later` calls a function after so many seconds, as the running loop's `call_later` does, which it is if None.
+    """
     loop = asyncio.get_running_loop()
+    after = later or loop.call_later
     made = tuple(replace(space, address=f"{NETWORK}.{index}") for index, space in enumerate(spaces, 1))
     with ExitStack() as stack:
         try:
@@ -45,7 +51,7 @@ async def far(spaces: tuple[Namespace, Namespace], one_way_s: float) -> AsyncIte
             # All that wait now: with one packet a turn of the loop, a burst would arrive later than it should.
             with suppress(BlockingIOError):
                 while True:
-                    loop.call_later(one_way_s, _write, target, os.read(source, MTU + 100))
+                    after(one_way_s, _write, target, os.read(source, MTU + 100))
 
         for source, target in (ends, ends[::-1]):
             loop.add_reader(source, pass_on, source, target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 
 PIECE = 65536
@@ -11,17 +12,18 @@ IN_FLIGHT = 1024
 """Pieces that may be on their way in one direction; then the sender has to wait."""
 
 Flight = asyncio.Queue[tuple[float, bytes]]
+Sleep = Callable[[float], Awaitable[object]]
 
 
 class DelayProxy:
     """Forwards connections from 127.0.0.1:`port` to `host`:`target`, each direction `one_way_s` late.
 
     Used as an async context manager. The round trip grows by twice `one_way_s`, also that of the first request of a
-    connection; the TCP handshake itself is not delayed.
+    connection; the TCP handshake itself is not delayed. `sleep` waits so many seconds.
     """
 
-    def __init__(self, host: str, target: int, one_way_s: float) -> None:
-        self._host, self._target, self._one_way_s = host, target, one_way_s
+    def __init__(self, host: str, target: int, one_way_s: float, sleep: Sleep = asyncio.sleep) -> None:
+        self._host, self._target, self._one_way_s, self._sleep = host, target, one_way_s, sleep
         self._tasks: set[asyncio.Task[None]] = set()
         self.port = 0
 
@@ -69,7 +71,7 @@ class DelayProxy:
             while True:
                 due, piece = await flight.get()
                 if (left := due - clock()) > 0:
-                    await asyncio.sleep(left)
+                    await self._sleep(left)
                 if not piece:
                     if writer.can_write_eof():
                         writer.write_eof()

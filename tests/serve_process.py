@@ -21,7 +21,7 @@ import psutil
 from cli_process import PROGRAM
 
 DEADLINE_S = 60.0
-STOP_DEADLINE_S = 10.0
+STOP_DEADLINE_S = 30.0
 ENGINE = "swarmcpp.worker"
 
 

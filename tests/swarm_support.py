@@ -18,7 +18,7 @@ from swarmcpp.swarm.peerlink import PeerLink
 from swarmcpp.wire.peers import Ask, Gossip, Ping, Pong
 
 HOST = "127.0.0.1"
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:

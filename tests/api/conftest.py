@@ -47,7 +47,7 @@ def until() -> Until:
     """`await until(condition)`: poll what a real socket brings about, with a deadline."""
 
     async def poll(condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not condition():  # noqa: ASYNC110 - sockets set no Event
                 await asyncio.sleep(0.005)
 

@@ -33,7 +33,7 @@ def post(path: str, body: dict[str, Any], version: str = "1.1") -> bytes:
 
 def drain(client: socket.socket) -> bytes:
     """All that a socket still gets until its end, orderly or not."""
-    client.settimeout(30)
+    client.settimeout(60)
     received = b""
     with contextlib.suppress(ConnectionResetError):
         while data := client.recv(1 << 20):
@@ -235,7 +235,7 @@ async def test_an_old_client_gets_a_stream_that_ends_with_the_connection(serve: 
     server = await serve(FakeService(script="hi"))
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(post(CHAT, HELLO | {"stream": True}, "1.0"))
-    answer = await asyncio.wait_for(reader.read(), 30)
+    answer = await asyncio.wait_for(reader.read(), 60)
     assert answer.endswith(b"data: [DONE]\n\n")
     writer.close()
 

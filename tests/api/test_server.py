@@ -28,7 +28,7 @@ async def raw(server: RunningServer, data: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     try:
         writer.write(data)
-        return await asyncio.wait_for(reader.read(), 30)
+        return await asyncio.wait_for(reader.read(), 60)
     finally:
         writer.close()
 
@@ -170,7 +170,7 @@ async def test_a_body_of_100_mb_is_refused_unread(serve: Serve, expect: list[str
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     # Not one byte of the body is sent: the answer comes from the header alone.
     writer.write(head(CHAT, "Content-Length: 104857600", *expect))
-    answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
+    answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b"Connection: close" in answer
     assert json.loads(await reader.readuntil(b"}}"))["error"]["code"] == "body_too_large"
@@ -218,7 +218,7 @@ async def test_a_slow_body_is_a_408_and_disturbs_no_one(serve: Serve, http: aioh
     writer.write(head(CHAT, "Content-Length: 1000") + b"{")
     async with http.post(server.url + CHAT, json=HELLO) as response:
         assert response.status == 200
-    answer = await asyncio.wait_for(reader.readuntil(b"}}"), 30)
+    answer = await asyncio.wait_for(reader.readuntil(b"}}"), 60)
     assert error_of(answer)[0] == 408
     assert error_of(answer)[1]["code"] == "request_timeout"
     writer.close()
@@ -339,7 +339,7 @@ async def test_idle_connections_give_way_to_new_ones(serve: Serve, http: aiohttp
     # The oldest went first; a close by the server is an end of file or a reset.
     for reader, _ in idle[:39]:
         with contextlib.suppress(ConnectionResetError):
-            assert await asyncio.wait_for(reader.read(), 30) == b""
+            assert await asyncio.wait_for(reader.read(), 60) == b""
     for _, writer in idle:
         writer.close()
 

@@ -183,7 +183,7 @@ async def test_a_watched_request_shows_events_and_leaving_disconnects() -> None:
         await watched.wait_events(5, timeout=10)
         left = await watched.leave()
         assert left > watched.times[0]
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await gone.wait()
 
     await with_client(handler, use)

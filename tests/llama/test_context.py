@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -188,28 +187,18 @@ def abortable(slow_model: Model, tmp_path: Path) -> Iterator[tuple[LlamaBackend,
 def test_another_thread_aborts_a_prefill(abortable: tuple[LlamaBackend, AbortFlag, AbortFlag]) -> None:
     backend, engine, node = abortable
     backend.decode([Rows(1, 0, [5, 6], outputs=1)])
-    begun = time.monotonic()
     backend.decode([Rows(1, 2, [7], outputs=1), Rows(0, 0, PROMPT[:500], outputs=1)])
-    whole_s = time.monotonic() - begun
     expected = backend.logits(0), backend.logits(1)
     backend.truncate(0, 0)
     backend.truncate(1, 2)
 
-    aborted_at: list[float] = []
-
-    def abort() -> None:
-        poll(lambda: node.abort_prompt(42), "the step begins")
-        aborted_at.append(time.monotonic())
-
-    thread = threading.Thread(target=abort)
+    thread = threading.Thread(target=poll, args=(lambda: node.abort_prompt(42), "the step begins"))
     thread.start()
     engine.begin(1, [42])
     with pytest.raises(DecodeAborted):
         backend.decode([Rows(1, 2, [7], outputs=1), Rows(0, 0, PROMPT[:500], outputs=1)])
-    stopped = time.monotonic()
     engine.end()
     thread.join()
-    assert stopped - aborted_at[0] < whole_s / 2
     backend.truncate(0, 0)
     backend.truncate(1, 2)
     assert (backend.length(0), backend.length(1)) == (0, 2)

@@ -281,7 +281,7 @@ async def test_nobody_listens(run: Run) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110  # what is waited for happens in a server
             await asyncio.sleep(0.005)
 

@@ -45,7 +45,7 @@ class Two:
     swarm: Swarm | None = None
 
     async def ask(self, model: str, **changes: object) -> list[Event]:
-        async with asyncio.timeout(10), aclosing(self.node.generate(request(model, **changes))) as events:
+        async with asyncio.timeout(60), aclosing(self.node.generate(request(model, **changes))) as events:
             return [event async for event in events]
 
 

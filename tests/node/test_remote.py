@@ -25,7 +25,7 @@ REQUEST = GenerateRequest(id="r", model="m", prompt=(1, 2, 3), max_tokens=5, dea
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - what is waited for sets no Event
             await asyncio.sleep(0)
 

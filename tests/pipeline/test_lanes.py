@@ -20,7 +20,7 @@ from swarmcpp.wire.codec import RowEncoding
 
 FINGERPRINT = bytes(32)
 CHAIN: Chain = (StageRef("a", FINGERPRINT, 0, 2, 4), StageRef("b", FINGERPRINT, 2, 4, 4))
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 
 
 @dataclass

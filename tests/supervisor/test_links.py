@@ -22,7 +22,7 @@ from swarmcpp.supervisor.nodelink import NodeLink
 from swarmcpp.supervisor.workerlink import WorkerLink
 from swarmcpp.wire.engine import MAX_FRAME, MAX_TENSOR, Cancel, Fault, LoadProgress, StepOut, Stop, TokenOut, encode
 
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 
 
 class Node:
