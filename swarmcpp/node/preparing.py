@@ -97,17 +97,22 @@ def draft_model(config: Config) -> ModelFile | None:
     return inspect(found)
 
 
+def stage_draft(config: Config) -> ModelFile | None:
+    """The draft model of heads on this node; None where stages verify no guesses. Raises BadModel."""
+    return draft_model(config) if config.inference.speculative_distributed else None
+
+
 def draft_bytes(config: Config) -> int:
     """Memory of the draft model beside a stage; 0 without one. Blocking. Raises BadModel."""
-    draft, engine = draft_model(config), config.engine
+    draft, engine = stage_draft(config), config.engine
     if draft is None:
         return 0
     return estimate_memory(draft, engine.ctx_size or SHARED_CTX, engine.slots or SHARED_SLOTS).total
 
 
 def check_draft_of(config: Config, target: Path, vocab: Vocab) -> None:
-    """Compare the draft model's vocabulary with its target's. Blocking. Raises BadModel."""
-    draft = draft_model(config)
+    """Compare the vocabulary of a head's draft model with its target's. Blocking. Raises BadModel."""
+    draft = stage_draft(config)
     if draft:
         with closing(VocabModel(draft.path)) as loaded:
             check_draft(target, vocab, draft.path, loaded.vocab)
@@ -132,7 +137,7 @@ def thinned_model(config: Config, model: ModelFile) -> ModelFile | None:
 def engine_options(config: Config, path: Path, ctx_size: int, slots: int, *, stage: bool = False) -> EngineOptions:
     """How an engine runs the model at `path`, or as a `stage` the slice. Blocking: kernels are tried the first time."""
     inference, kernels = config.inference, probe(config.storage.data_dir).chosen
-    draft = draft_model(config)
+    draft = stage_draft(config) if stage else draft_model(config)
     return EngineOptions(
         model_path=str(path.resolve()),
         ctx_size=ctx_size,

@@ -165,8 +165,8 @@ class Lane:
         return sum(run.remaining for run in self.runs.values()) >= self._scheduler.policy.prefill_chunk_tokens
 
     def _pump_one(self, due: Sequence[Sequence[Chunk]]) -> None:
-        """One pass, of prompts and of decode rows in turn, when none is on its way."""
-        if self.in_flight:
+        """One pass, of prompts and of decode rows in turn, when none is on its way, nor waits for its guesses."""
+        if self.in_flight or any(run.flying for run in self.runs.values()):
             return
         chunks = () if due and not self._prompts_turn else self._next_chunks()
         if chunks:

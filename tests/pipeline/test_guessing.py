@@ -8,7 +8,20 @@ from collections.abc import Sequence
 
 import pytest
 from engine_support import prompt_of
-from pipeline_support import GREEDY, N_VOCAB, Swarm, SwarmMaker, Whole, head, parts_of, policy, request, run, until
+from pipeline_support import (
+    GREEDY,
+    N_VOCAB,
+    Swarm,
+    SwarmMaker,
+    Whole,
+    head,
+    in_flight,
+    parts_of,
+    policy,
+    request,
+    run,
+    until,
+)
 
 from swarmcpp.core import GenerateRequest, SamplingParams
 from swarmcpp.engine.drafting import NOTHING, Draft, lookups
@@ -113,6 +126,19 @@ async def test_streams_beside_one_another(swarm_of: SwarmMaker, whole: Whole) ->
     async with head(swarm, policy(draft=True, gamma=4, drafters=lookups(ngram=True))) as conductor:
         assert await run(conductor, [forced(each) for each in requests[:3]] + requests[3:]) == answers
     assert engine.asked
+
+
+async def test_without_overlap_no_pass_is_sent_while_guesses_are_made(swarm_of: SwarmMaker, whole: Whole) -> None:
+    wanted = [request(40, 60, 3), request(200, 40, 5), request(130, 40, 6)]
+    answers = whole(wanted)
+    swarm = swarm_of((0, 2, 5))
+    attach(swarm, wanted, answers)
+    seen: list[int] = []
+    async with head(swarm, policy(draft=True, gamma=4, persistent=False)) as conductor:
+        for stage in swarm.all:
+            stage.before = lambda _stage, _work: seen.append(in_flight(conductor))
+        assert await run(conductor, [forced(each) for each in wanted]) == answers
+    assert set(seen) == {1}
 
 
 async def test_an_engine_that_dies_answers_nothing_or_knows_nothing_any_more(
