@@ -8,9 +8,9 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
-from bench.draftpairs import SMALL, TARGET, written
+from bench.draftpairs import SMALL, TARGET
 from bench.farlink import far
-from bench.guesses import OFF, PLAIN, SPEC_TYPES, Task, ask, copy_task, counting_model, novel_task
+from bench.guesses import COUNTING, OFF, PLAIN, SPEC_TYPES, Task, ask, copy_task, novel_task
 from bench.load import Client, throughput
 from bench.netns import namespaces
 from bench.nodes import Nodes
@@ -60,7 +60,7 @@ class _Race:
 
 async def _raced(setup: Setup, name: str, make: Callable[[random.Random], Task], kinds: tuple[str, ...]) -> Outcome:
     """One stream over both products. Of RPC's kinds of guesses the one that was best in the first round goes on."""
-    setup = replace(setup, model=counting_model(setup.out))
+    setup = replace(setup, model=await asyncio.to_thread(setup.synthetic, *COUNTING))
     with namespaces(2) as spaces:
         async with AsyncExitStack() as stack:
             ends = await stack.enter_async_context(far((spaces[0], spaces[1]), RTT_S / 2))
@@ -108,7 +108,7 @@ async def copy(setup: Setup) -> Outcome:
 
 async def pair(setup: Setup) -> Outcome:
     """A 1.5B shape over two stages with a small draft of one mind beside the first, 20 ms apart."""
-    target, small = await asyncio.gather(*(asyncio.to_thread(written, setup, *each) for each in (TARGET, SMALL)))
+    target, small = await asyncio.gather(*(asyncio.to_thread(setup.synthetic, *each) for each in (TARGET, SMALL)))
     setup = replace(setup, model=target)
     with namespaces(2) as spaces:
         async with AsyncExitStack() as stack:

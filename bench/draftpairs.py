@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.alone import Alone
 from bench.guesses import ANSWER, OFF, PLAIN, SHAPE, novel_task
 from bench.load import Client, Prompt, Reply
 from bench.report import Figure, Outcome, Verdict, at_least
 from bench.sameness import HEROES, NAMES
 from bench.servers import Launch, swarmcpp_server
 from bench.setting import SWARM, Bed, Setup, commands
-from swarmcpp.llama.context import Context, ContextOptions, Model
 from swarmcpp.models.embedded import DRAFT, embedded_file
-from swarmcpp.models.synthetic import Shape, write_model
 
 _BIG = replace(
     SHAPE, name="Qwen2.5-1.5B-shape that counts", n_layers=28, n_embd=1536, n_head=12, n_head_kv=2, n_ff=8960
@@ -35,15 +33,6 @@ FORCED: Mapping[str, Any] = {"speculative": {"drafter": "draft", "gamma": GAMMA}
 SKIPPING = {"SWARMCPP_INFERENCE_SWIFT_SELF_SPECULATIVE": "true"}
 
 
-def written(setup: Setup, shape: Shape, name: str) -> Path:
-    """A model of that shape in Q8_0, written once."""
-    path = setup.out / name
-    if not path.is_file():
-        setup.out.mkdir(parents=True, exist_ok=True)
-        write_model(path, shape, quant="Q8_0", seed=0, tokenizer="bytes")
-    return path
-
-
 def _server(setup: Setup, model: Path, *options: str, env: Mapping[str, str] | None = None) -> Launch:
     made = swarmcpp_server(model, slots=1, ctx_size=CTX, threads=setup.threads)
     return replace(made, argv=(*made.argv, *options), env={**made.env, **(env or {})})
@@ -57,8 +46,7 @@ async def _rates(
     rates: dict[str, list[float]] = {name: [] for name in settings}
     replies: dict[str, list[Reply]] = {name: [] for name in settings}
     differ = 0
-    async with AsyncExitStack() as stack:
-        bed = await stack.enter_async_context(Bed(setup, [launch]))
+    async with Bed(setup, [launch]) as bed:
         (client,) = bed.clients.values()
         for number, prompts in enumerate(rounds, -1):
             told = set()
@@ -88,8 +76,8 @@ def _acceptance(replies: Sequence[Reply]) -> float:
 
 async def pair(setup: Setup) -> Outcome:
     """A 1.5B shape and a small draft of one mind: what a draft that is always right brings."""
-    target = await asyncio.to_thread(written, setup, *TARGET)
-    small = await asyncio.to_thread(written, setup, *SMALL)
+    target = await asyncio.to_thread(setup.synthetic, *TARGET)
+    small = await asyncio.to_thread(setup.synthetic, *SMALL)
     launch = _server(setup, target, "--draft-model", str(small))
     rounds = [[novel_task(setup.rng("pair", number)).prompt] for number in range(-1, setup.repeats)]
     settings = {PLAIN: OFF, SWARM: {"speculative": {"drafter": "draft"}}}
@@ -103,52 +91,26 @@ async def pair(setup: Setup) -> Outcome:
     return Outcome("pair", (figure,), verdicts, commands=commands([launch]))
 
 
-class _Greedy:
-    """A model asked for one token after another, each computed alone."""
-
-    def __init__(self, path: Path) -> None:
-        self._model = Model(path, use_extra_bufts=False)
-        self._context = Context(self._model, ContextOptions(n_ctx=CTX, n_seqs=1, n_threads=2))
-        self._held: list[int] = []
-
-    def tokenize(self, text: str) -> list[int]:
-        return self._model.vocab.tokenize(text, add_special=True, parse_special=False)
-
-    def next(self, tokens: list[int]) -> int:
-        """The best token after `tokens`."""
-        same = next(
-            (at for at, pair in enumerate(zip(self._held, tokens, strict=False)) if pair[0] != pair[1]), len(self._held)
-        )
-        same = min(same, len(tokens) - 1)
-        self._context.truncate(0, same)
-        for at in range(same, len(tokens)):
-            self._context.batch.clear()
-            row = self._context.batch.add(0, at, [tokens[at]], outputs=1)
-            self._context.decode()
-        self._held = list(tokens)
-        return int(self._context.logits(row).argmax())
-
-
 def _exact_acceptance(target: Path, draft: Path, prompts: Sequence[str]) -> float:
     """Of GAMMA guesses a pass, where every token is computed alone."""
-    big, small = _Greedy(target), _Greedy(draft)
+    big, small = Alone(target, CTX), Alone(draft, CTX)
     drafted = accepted = 0
     for prompt in prompts:
         tokens = big.tokenize(prompt)
         end = len(tokens) + ANSWER
-        tokens.append(big.next(tokens))
+        tokens.append(big.best(tokens))
         while len(tokens) < end:
             guessed = list(tokens)
             for _ in range(min(GAMMA, end - len(tokens) - 1)):
-                guessed.append(small.next(guessed))
+                guessed.append(small.best(guessed))
             drafted += len(guessed) - len(tokens)
             for guess in guessed[len(tokens) :]:
-                tokens.append(big.next(tokens))
+                tokens.append(big.best(tokens))
                 if tokens[-1] != guess:
                     break
                 accepted += 1
             else:
-                tokens.append(big.next(tokens))
+                tokens.append(big.best(tokens))
     return accepted / drafted
 
 
@@ -171,7 +133,7 @@ async def skip(setup: Setup) -> Outcome:
     figures: list[Figure] = []
     notes: list[str] = []
     launches: list[Launch] = []
-    target = await asyncio.to_thread(written, setup, *TARGET)
+    target = await asyncio.to_thread(setup.synthetic, *TARGET)
     counted = [[novel_task(setup.rng("skip", number)).prompt] for number in range(-1, setup.repeats)]
     cases: tuple[tuple[str, Path, Sequence[Sequence[Prompt]]], ...] = (
         ("guide", embedded_file(), [STORIES] * (1 + setup.repeats)),

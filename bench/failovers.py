@@ -16,7 +16,6 @@ from bench.pipebed import Case, here, stage
 from bench.report import Figure, Outcome, Verdict, at_least
 from bench.rpc import RPC, Rpc
 from bench.setting import LLAMA, SWARM, Setup
-from bench.swarms import synthetic
 from swarmcpp.models.capacity import estimate_memory, stage_memory
 from swarmcpp.models.inspect import ModelFile, inspect
 from swarmcpp.models.synthetic import QWEN25_14B
@@ -49,7 +48,7 @@ async def memory(setup: Setup) -> Outcome:
     Counted is what is resident of its two processes together, code and libraries too, against the slice's file and the
     KV of its layers for all slots.
     """
-    path = synthetic(setup, QWEN25_14B, "qwen2.5-14b-shape-q4_0.gguf")
+    path = setup.synthetic(QWEN25_14B, "qwen2.5-14b-shape-q4_0.gguf", "Q4_0")
     model = inspect(path)
     need = estimate_memory(model, MEMORY_CTX, MEMORY_SLOTS).total
     first, second = here()

@@ -13,10 +13,12 @@ from bench.load import Client, Reply, throughput
 from bench.report import Figure, Outcome, Verdict, at_least
 from bench.servers import Launch, llama_server
 from bench.setting import LLAMA, SWARM, Bed, Setup, commands
-from swarmcpp.models.synthetic import QWEN25_05B, write_model
+from swarmcpp.models.synthetic import QWEN25_05B
 
 SHAPE = replace(QWEN25_05B, name="Qwen2.5-0.5B-shape that counts", tied=False, counts=True)
 """After each token it says the next id. What it says is known beforehand, and takes as long as with any weights."""
+
+COUNTING = (SHAPE, "qwen2.5-0.5b-counts-q8_0.gguf")
 
 ANSWER = 192
 SOURCE = 256
@@ -46,15 +48,6 @@ class Task:
 
     prompt: tuple[int, ...]
     extra: Mapping[str, Any]
-
-
-def counting_model(out: Path) -> Path:
-    """The model of SHAPE in Q8_0, written once (673 MB)."""
-    path = out / "qwen2.5-0.5b-counts-q8_0.gguf"
-    if not path.is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        write_model(path, SHAPE, quant="Q8_0", seed=0, tokenizer="bytes")
-    return path
 
 
 def copy_task(rng: random.Random) -> Task:
@@ -132,7 +125,7 @@ async def _compare(
     setup: Setup, name: str, make: Callable[[random.Random], Task], *, users: int = 1, kinds: Sequence[str] = ()
 ) -> tuple[Figure, Outcome]:
     """Tokens/s of all settings on the same prompts in alternation. All must give the same answers."""
-    model = counting_model(setup.out)
+    model = await asyncio.to_thread(setup.synthetic, *COUNTING)
     launches = [setup.swarm(users, 1024, model=model)]
     if LLAMA in setup.sides:
         launches += [setup.llama(users, 1024, model=model)]

@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 
 from bench import reference, report, servers
-from bench.setting import LLAMA, SWARM, Setup
-from swarmcpp.models.synthetic import QWEN25_05B, TINYLLAMA_11B, Shape, write_model
+from bench.setting import LLAMA, SWARM, Setup, synthetic
+from swarmcpp.models.synthetic import QWEN25_05B, TINYLLAMA_11B, Shape
 from swarmcpp.models.synthetic_vocab import MIN_VOCAB
 
 OUT = Path(__file__).resolve().parent / "out"
@@ -32,16 +32,6 @@ SHAPES: dict[str, tuple[Shape, str]] = {
     "1.1b": (TINYLLAMA_11B, "tinyllama-1.1b-shape-q8_0.gguf"),
 }
 """Models of random weights by the name of their size."""
-
-
-def model_file(out: Path, size: str = "0.5b") -> Path:
-    """The random-weight model of a shape in Q8_0, written once (0.5b: 528 MB)."""
-    shape, name = SHAPES[size]
-    path = out / name
-    if not path.is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        write_model(path, shape, quant="Q8_0", seed=0, tokenizer="bytes")
-    return path
 
 
 def stories_file() -> Path | None:
@@ -87,7 +77,7 @@ def run(title: str, scenarios: Scenarios) -> None:
             if name not in (LLAMA, SWARM):
                 raise typer.BadParameter(f"{name!r} is no server; choose {LLAMA} or {SWARM}")
         built = reference.ensure()
-        model = model_file(OUT, size)
+        model = synthetic(OUT, *SHAPES[size], "Q8_0")
         cores = threads or servers.physical_cores()
         no_repack = servers.needs_no_repack(built, model, cores, OUT / "logs")
         setup = Setup(

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from bench.alone import Alone
 from bench.load import Client, Reply, common_prefix
 from bench.nodes import Nodes, NodeSpec
 from bench.pipebed import Case, here, two_stages
 from bench.report import Figure, Outcome, Verdict
 from bench.setting import SWARM, Setup
-from swarmcpp.llama.context import Context, ContextOptions, Model
 from swarmcpp.models.embedded import DRAFT, embedded_file
 
 PROMPTS = 200
@@ -93,30 +93,12 @@ def _guessing(drafter: str, expected: Sequence[str]) -> list[Mapping[str, Any]]:
     ]
 
 
-class _Judge:
-    """How near the two best tokens are at a place of a greedy answer."""
-
-    def __init__(self, model: Path) -> None:
-        self._model = Model(model, use_extra_bufts=False)
-        self._context = Context(self._model, ContextOptions(n_ctx=CTX, n_seqs=1, n_threads=2))
-
-    def gap(self, text: str) -> float:
-        """Between the best two logits after `text`."""
-        tokens = self._model.vocab.tokenize(text, add_special=True, parse_special=False)
-        self._context.truncate(0, 0)
-        self._context.batch.clear()
-        row = self._context.batch.add(0, 0, tokens, outputs=1)
-        self._context.decode()
-        second, first = np.partition(self._context.logits(row), -2)[-2:]
-        return float(first - second)
-
-
 class _Tally:
     """Counts of answers that differ from plain ones."""
 
     def __init__(self, setup: Setup, subject: Subject) -> None:
         self._setup, self._subject = setup, subject
-        self._judge = _Judge(subject.model)
+        self._judge = Alone(subject.model, CTX)
         self.lines: list[str] = []
         self.wrong = 0
         """Greedy answers that differ where no two tokens are near."""
@@ -130,11 +112,16 @@ class _Tally:
                 common = one.text[: common_prefix(one.text, other.text)]
                 # Tokens may share their first letters: their beginning is that of the word.
                 heads = [common, common.rsplit(" ", 1)[0]]
-                far += greedy and min(self._judge.gap(prompt + head) for head in heads) > NEAR
+                far += greedy and min(self._gap(prompt + head) for head in heads) > NEAR
         self.wrong += far
         near = f", of which {differ - far} at a near tie" if greedy and differ else ""
         self.lines.append(f"{self._subject.name}, {what}: {differ} of {len(found)} differ from plain ones{near}")
         self._setup.say(self.lines[-1])
+
+    def _gap(self, text: str) -> float:
+        """Between the best two logits after `text`."""
+        second, first = np.partition(self._judge.logits(self._judge.tokenize(text)), -2)[-2:]
+        return float(first - second)
 
 
 async def _killing(kill: Callable[[], None]) -> None:

@@ -13,9 +13,19 @@ from pathlib import Path
 from bench.load import BadReply, Client, new_session
 from bench.reference import Reference
 from bench.servers import Launch, Running, llama_server, running, swarmcpp_server
+from swarmcpp.models.synthetic import Quant, Shape, write_model
 
 LLAMA = "llama-server"
 SWARM = "swarmcpp"
+
+
+def synthetic(out: Path, shape: Shape, name: str, quant: Quant) -> Path:
+    """The model of random weights, or of those that a shape says, in the file `name`; written once. Blocking."""
+    path = out / name
+    if not path.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        write_model(path, shape, quant=quant, seed=0, tokenizer="bytes")
+    return path
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +50,10 @@ class Setup:
     def rng(self, scenario: str, round_: int) -> random.Random:
         """The same prompts for every setting of one round, and other prompts in every other round."""
         return random.Random(f"{self.seed} {scenario} {round_}")
+
+    def synthetic(self, shape: Shape, name: str, quant: Quant = "Q8_0") -> Path:
+        """See `synthetic`; where this run writes."""
+        return synthetic(self.out, shape, name, quant)
 
     def llama(
         self, slots: int, ctx_size: int, batch: tuple[int, int] | None = None, model: Path | None = None

@@ -16,7 +16,7 @@ from bench.nodes import Nodes, NodeSpec, cores
 from bench.report import Figure, Outcome, Verdict, at_least
 from bench.servers import Launch
 from bench.setting import LLAMA, SWARM, Bed, Setup, commands
-from swarmcpp.models.synthetic import QWEN25_7B, Shape, write_model
+from swarmcpp.models.synthetic import QWEN25_7B, Shape
 from swarmcpp.models.synthetic_vocab import IM_END, MIN_VOCAB
 from swarmcpp.status import NodeRow
 
@@ -56,15 +56,6 @@ class Prefix:
     """Cold time to first token of llama-server / that of the swarm, by the link's Mbit/s."""
 
 
-def synthetic(setup: Setup, shape: Shape, name: str) -> Path:
-    """A random-weight model of `shape` in Q4_0 in the bench's folder, written once."""
-    path = setup.out / name
-    if not path.is_file():
-        setup.say(f"writing {path}")
-        write_model(path, shape, quant="Q4_0", seed=0, tokenizer="bytes")
-    return path
-
-
 async def prefix(setup: Setup) -> Outcome:
     """A prompt of 2,048 tokens that A has read, asked at B, over links of 1000, 100 and 5 Mbit/s."""
     wanted = {1000.0: 40.0, 5.0: 0.97} if setup.quick else {1000.0: 40.0, 100.0: 10.0, 5.0: 0.97}
@@ -73,7 +64,7 @@ async def prefix(setup: Setup) -> Outcome:
 
 async def chapter(setup: Setup) -> Outcome:
     """The experiment of SwarmLLM's chapter: a 7B model in Q4_0, 640 tokens, 1 Gbit/s. Takes 12 GB of memory."""
-    model = await asyncio.to_thread(synthetic, setup, QWEN25_7B, "qwen2.5-7b-shape-q4_0.gguf")
+    model = await asyncio.to_thread(setup.synthetic, QWEN25_7B, "qwen2.5-7b-shape-q4_0.gguf", "Q4_0")
     vocab = range(MIN_VOCAB, QWEN25_7B.n_vocab)
     outcome = await _fetched(setup, Prefix("chapter", model, vocab, 640, {1000.0: 50.0}))
     return replace(outcome, notes=(*outcome.notes, f"SwarmLLM's chapter: {CHAPTER_RATIO}x"))
@@ -257,7 +248,7 @@ async def join(setup: Setup) -> Outcome:
 async def arenas(setup: Setup) -> Outcome:
     """Prompts of 1.8 GiB of KV, asked in a circle and alternately at two nodes with an arena of 1 GiB each."""
     first, second = cores(2)
-    model = await asyncio.to_thread(synthetic, setup, CACHE_SHAPE, "cache-shape-q4_0.gguf")
+    model = await asyncio.to_thread(setup.synthetic, CACHE_SHAPE, "cache-shape-q4_0.gguf", "Q4_0")
     vocab = range(MIN_VOCAB, CACHE_SHAPE.n_vocab)
     rng = setup.rng("arenas", 0)
     prompts = [random_prompt(rng, ARENA_PROMPT + ARENA_OWN, vocab) for _ in range(ARENA_PROMPTS)]
