@@ -12,7 +12,7 @@
 namespace swarmcpp::ggml {
 
 constexpr int BACKEND_API_VERSION = 2;
-constexpr int TYPE_F32 = 0, TYPE_Q8_0 = 8, TYPE_I64 = 27;  // as in GGUF files
+constexpr int TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q8_0 = 8, TYPE_I64 = 27;  // as in GGUF files
 constexpr int DEVICE_CPU = 0, DEVICE_ACCEL = 3;            // ggml_backend_dev_type
 constexpr int STATUS_SUCCESS = 0, STATUS_ALLOC_FAILED = -2;  // ggml_status
 constexpr int32_t FLAG_COMPUTE = 16;                       // ggml_tensor_flag

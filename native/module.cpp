@@ -22,6 +22,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "attention.h"
 #include "ggml_backend.h"
 #include "graph_tap.h"
 #include "q8_matmul.h"
@@ -136,7 +137,7 @@ void q8_product(const Matrix &matrix, const Floats &rows, Product out) {
         out.shape(0) != n_columns || out.shape(1) != n_rows || n_columns == 0) {
         throw std::invalid_argument("the shapes do not fit");
     }
-    if (const std::string problem = q8_backend_problem(); !problem.empty()) {
+    if (const std::string problem = q8_problem(); !problem.empty()) {
         throw std::runtime_error(problem);
     }
     std::vector<Q8Activation> activations(n_columns * n_blocks);
@@ -148,6 +149,67 @@ void q8_product(const Matrix &matrix, const Floats &rows, Product out) {
     const Columns columns{activations.data(), out.data(), static_cast<int64_t>(n_rows), static_cast<int64_t>(n_columns)};
     for (int64_t row = 0; row < weights.n_rows; row += PANEL) {
         q8_multiply_panel(weights, row, columns, scratch.data());
+    }
+}
+
+using Floats4 = nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+using Halves4 = nb::ndarray<const uint16_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+using Halves3 = nb::ndarray<const uint16_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Result4 = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+
+template <typename Array>
+swarmcpp::Strided strided(const Array &array) {
+    const size_t item = sizeof(typename Array::Scalar), row = item * array.shape(3), head = row * array.shape(2);
+    return {reinterpret_cast<const char *>(array.data()), row, head, head * array.shape(1)};
+}
+
+// Attention by the kernel alone, on one thread: `lanes` items at a time, chunks one after another or each apart.
+void attend(const Floats4 &queries, const Halves4 &keys, const Halves4 &values, const Halves3 &mask, float scale,
+            int64_t lanes, bool apart, Result4 out) {
+    using namespace swarmcpp;
+    const size_t streams = queries.shape(0), heads = queries.shape(1), rows = queries.shape(2), dk = queries.shape(3);
+    const size_t kv_heads = keys.shape(1), positions = keys.shape(2), dv = values.shape(3);
+    const auto shaped = [](const auto &array, std::vector<size_t> shape) {
+        for (size_t i = 0; i < shape.size(); ++i) {
+            if (array.shape(i) != shape[i]) {
+                return false;
+            }
+        }
+        return true;
+    };
+    if (kv_heads == 0 || heads % kv_heads != 0 || lanes < ATTENTION_LANES ||
+        (lanes != ATTENTION_LANES && lanes % (2 * ATTENTION_LANES) != 0) || !shaped(keys, {streams, kv_heads, positions, dk}) ||
+        !shaped(values, {streams, kv_heads, positions, dv}) || !shaped(mask, {streams, rows, positions}) ||
+        !shaped(out, {streams, rows, heads, dv})) {
+        throw std::invalid_argument("the shapes do not fit");
+    }
+    if (const std::string problem = attention_problem(); !problem.empty()) {
+        throw std::runtime_error(problem);
+    }
+    if (!attention_fits(static_cast<int64_t>(dk), static_cast<int64_t>(dv))) {
+        throw std::invalid_argument("the kernel has no heads of this size");
+    }
+    const auto at = [](size_t value) { return static_cast<int64_t>(value); };
+    const Strided added{reinterpret_cast<const char *>(mask.data()), 2 * positions, 0, 2 * positions * rows};
+    const Attention call{at(dk), at(dv), at(positions), at(rows), at(heads), at(kv_heads), at(streams), scale,
+                         strided(queries), strided(keys), strided(values), added, at(streams), out.data()};
+    std::vector<float> scratch(attention_scratch(call, lanes)), state(2 * attention_state(call, lanes));
+    float *total = state.data(), *part = total + attention_state(call, lanes);
+    for (int64_t head = 0; head < at(streams * kv_heads); ++head) {
+        for (int64_t first = 0; first < call.items(); first += lanes) {
+            const AttentionItems items{head / at(kv_heads), head % at(kv_heads), first,
+                                       std::min(lanes, call.items() - first), lanes};
+            if (!apart) {
+                attention_whole(call, items, scratch.data());
+                continue;
+            }
+            attention_begin(call, lanes, total);
+            for (int64_t chunk = 0; chunk < call.chunks(); ++chunk) {
+                attention_chunk(call, items, chunk, scratch.data(), part);
+                attention_add(call, lanes, total, part);
+            }
+            attention_end(call, items, total);
+        }
     }
 }
 
@@ -163,10 +225,14 @@ NB_MODULE(_native, m) {
           "Whether all of `count` floats at an address are finite.");
     m.def("largest_f32", &largest_f32, nb::arg("address"), nb::arg("count"), nb::arg("banned"),
           "First index of the largest of `count` floats at an address, or -1 with a NaN.");
-    m.def("q8_backend_problem", &swarmcpp::q8_backend_problem,
+    m.def("q8_problem", &swarmcpp::q8_problem,
           "Why this machine or build cannot have the kernel for Q8_0 matrices; empty when it can.");
-    m.def("register_q8_backend", &swarmcpp::register_q8_backend, nb::arg("addresses"),
-          "Let ggml multiply Q8_0 matrices with a kernel of this module; why not, or empty.");
+    m.def("attention_problem", &swarmcpp::attention_problem,
+          "Why this machine or build cannot have the kernel for attention; empty when it can.");
+    m.def("register_kernels", &swarmcpp::register_kernels, nb::arg("addresses"), nb::kw_only(), nb::arg("q8"),
+          nb::arg("attention"), "Let ggml compute with kernels of this module; why not, or empty.");
+    m.def("attend", &attend, nb::arg("queries"), nb::arg("keys"), nb::arg("values"), nb::arg("mask"), nb::arg("scale"),
+          nb::arg("lanes"), nb::arg("apart"), nb::arg("out").noconvert(), "Attention by the kernel alone.");
     m.def("q8_product", &q8_product, nb::arg("matrix"), nb::arg("rows"), nb::arg("out").noconvert(),
           "rows x matrix^T by the kernel alone.");
     nb::class_<PythonTap>(m, "GraphTap", "Takes hidden rows out of the graphs of one context, and notes where its KV is.")

@@ -17,11 +17,15 @@ def largest_f32(address: int, count: int, banned: list[int]) -> int:
     a NaN is among them. The address must be that of as many, which nobody else uses meanwhile. Raises ValueError for a
     banned index outside."""
 
-def q8_backend_problem() -> str:
+def q8_problem() -> str:
     """Why this machine or this build cannot have the kernel for Q8_0 matrices; empty when it can."""
 
-def register_q8_backend(addresses: dict[str, int]) -> str:
-    """Let ggml multiply Q8_0 matrices with a kernel of this module (native/q8_matmul.h), for the rest of this process.
+def attention_problem() -> str:
+    """Why this machine or this build cannot have the kernel for attention; empty when it can."""
+
+def register_kernels(addresses: dict[str, int], *, q8: bool, attention: bool) -> str:
+    """Let ggml multiply Q8_0 matrices (native/q8_matmul.h) and compute attention of fewer than 64 rows
+    (native/attention.h) with kernels of this module, for the rest of this process.
 
     `addresses` are those of ggml's functions, by name (see native/ggml_backend.cpp). Empty when that is so now;
     otherwise why not, and nothing has changed: the CPU or the build lacks something, or ggml is another version.
@@ -30,7 +34,24 @@ def register_q8_backend(addresses: dict[str, int]) -> str:
 def q8_product(matrix: npt.NDArray[np.uint8], rows: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> None:
     """What the kernel alone makes of `rows` (n, k) and a Q8_0 matrix (m, k / 32 * 34) in `out` (n, m); for tests of it.
 
-    Raises ValueError for shapes that do not fit, RuntimeError where `q8_backend_problem` has something to say.
+    Raises ValueError for shapes that do not fit, RuntimeError where `q8_problem` has something to say.
+    """
+
+def attend(
+    queries: npt.NDArray[np.float32],
+    keys: npt.NDArray[np.uint16],
+    values: npt.NDArray[np.uint16],
+    mask: npt.NDArray[np.uint16],
+    scale: float,
+    lanes: int,
+    apart: bool,
+    out: npt.NDArray[np.float32],
+) -> None:
+    """What the kernel alone makes of `queries` (streams, heads, rows, dk), `keys` and `values` (streams, kv heads,
+    positions, dk or dv) and `mask` (streams, rows, positions), which are the bits of halves, in `out` (streams, rows,
+    heads, dv); for tests of it. `lanes` items at a time, 8 or a multiple of 16; `apart`: as threads that share a row.
+
+    Raises ValueError for shapes that do not fit, RuntimeError where `attention_problem` has something to say.
     """
 
 class GraphTap:

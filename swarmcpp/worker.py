@@ -89,8 +89,7 @@ def _run_engine(options: EngineOptions, link: WorkerLink, abort_file: Path) -> N
     if options.diag:
         logging.getLogger("swarmcpp").setLevel(logging.DEBUG)
     abort = AbortFlag(abort_file, create=False)
-    if options.q8_kernel:
-        lib.use_q8_kernel()
+    lib.use_kernels(q8=options.q8_kernel, attention=options.attention_kernel)
     with ExitStack() as stack:
         model = Model(
             Path(options.model_path), use_extra_bufts=options.use_extra_bufts, progress=_Progress(link).report

@@ -29,6 +29,7 @@ def options(file: Path, slots: int = 2) -> EngineOptions:
         threads=1,
         use_extra_bufts=False,
         q8_kernel=False,
+        attention_kernel=False,
         prefill_chunk_tokens=128,
         prefill_budget_s=0.4,
         stage=True,

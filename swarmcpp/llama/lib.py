@@ -18,7 +18,7 @@ import llama_cpp.llama_cpp as c
 from llama_cpp._ctypes_extensions import load_shared_library
 from llama_cpp._ggml import libggml_base_path
 
-from swarmcpp._native import register_q8_backend
+from swarmcpp._native import register_kernels
 from swarmcpp.errors import BadModel, SwarmError
 from swarmcpp.llama.residency import forget_pages, take_out
 from swarmcpp.models.gguf_header import read_header
@@ -68,12 +68,14 @@ GGML_FUNCTIONS = (
     "ggml_backend_dev_name",
     "ggml_backend_reg_name",
     "ggml_backend_register",
+    "ggml_flash_attn_ext",
     "ggml_free",
     "ggml_graph_n_nodes",
     "ggml_graph_node",
     "ggml_init",
     "ggml_mul_mat",
     "ggml_new_tensor_2d",
+    "ggml_new_tensor_4d",
 )
 """What a backend of our own calls (native/ggml_backend.cpp)."""
 
@@ -118,14 +120,16 @@ def tensor_function(name: str) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-def use_q8_kernel() -> None:
-    """Let llama.cpp multiply Q8_0 matrices with the kernel of native/q8_matmul.cpp, in all contexts made from now on.
+def use_kernels(*, q8: bool, attention: bool) -> None:
+    """Let llama.cpp multiply Q8_0 matrices with the kernel of native/q8_matmul.cpp, and compute attention of fewer than
+    64 rows with that of native/attention.cpp, in all contexts made from now on.
 
     Raises SwarmError where that is not possible.
     """
     start()
-    if problem := register_q8_backend({name: address(name) for name in GGML_FUNCTIONS}):
-        raise SwarmError(f"the kernel for Q8_0 models {problem}")
+    wanted = {name: address(name) for name in GGML_FUNCTIONS}
+    if (q8 or attention) and (problem := register_kernels(wanted, q8=q8, attention=attention)):
+        raise SwarmError(f"a kernel of this package {problem}")
 
 
 def recent_errors() -> str:

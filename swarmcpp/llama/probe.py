@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from swarmcpp import _native
-from swarmcpp._native import q8_backend_problem
+from swarmcpp._native import attention_problem, q8_problem
 from swarmcpp.files import replace_file
 from swarmcpp.hardware import read_hardware
 from swarmcpp.models.synthetic import TINY, Quant, write_model
@@ -45,10 +45,13 @@ class Candidate:
     use_extra_bufts: bool
     q8_kernel: bool = False
     """Q8_0 matrices are multiplied by native/q8_matmul.cpp."""
+    attention_kernel: bool = False
+    """Attention of few rows is computed by native/attention.cpp."""
 
 
 CANDIDATES = (
-    Candidate("native", use_extra_bufts=True, q8_kernel=True),
+    Candidate("native", use_extra_bufts=True, q8_kernel=True, attention_kernel=True),
+    Candidate("native attention", use_extra_bufts=True, attention_kernel=True),
     Candidate("repacked", use_extra_bufts=True),
     Candidate("plain", use_extra_bufts=False),
 )
@@ -57,7 +60,10 @@ CANDIDATES = (
 
 def candidates() -> tuple[Candidate, ...]:
     """Those that this machine and this build can have at all."""
-    return CANDIDATES[1:] if q8_backend_problem() else CANDIDATES
+    lacking = {"q8_kernel": q8_problem(), "attention_kernel": attention_problem()}
+    return tuple(
+        each for each in CANDIDATES if not any(getattr(each, kernel) for kernel, problem in lacking.items() if problem)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,8 +224,7 @@ def _child(candidate: Candidate) -> None:
     from swarmcpp.llama.context import Context, ContextOptions, Model
 
     begun = time.monotonic()
-    if candidate.q8_kernel:
-        lib.use_q8_kernel()
+    lib.use_kernels(q8=candidate.q8_kernel, attention=candidate.attention_kernel)
     logits: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="swarmcpp-probe-") as directory:
         for quant in QUANTS:

@@ -145,6 +145,7 @@ def engine_options(config: Config, path: Path, ctx_size: int, slots: int, *, sta
         threads=config.engine.threads or read_hardware().physical_cores,
         use_extra_bufts=kernels.use_extra_bufts,
         q8_kernel=kernels.q8_kernel,
+        attention_kernel=kernels.attention_kernel,
         prefill_chunk_tokens=inference.prefill_chunk_tokens,
         prefill_budget_s=inference.prefill_budget_ms / 1000,
         continuous_batching=inference.continuous_batching,

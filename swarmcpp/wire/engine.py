@@ -26,6 +26,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     threads: int
     use_extra_bufts: bool
     q8_kernel: bool
+    attention_kernel: bool
     """See `llama.probe.Candidate`."""
     prefill_chunk_tokens: int
     prefill_budget_s: float

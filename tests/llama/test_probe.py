@@ -13,13 +13,13 @@ import psutil
 import pytest
 from engine_support import poll
 
-from swarmcpp._native import q8_backend_problem
+from swarmcpp._native import attention_problem, q8_problem
 from swarmcpp.llama import probe as module
 from swarmcpp.llama.probe import CANDIDATES, ProbeReport, probe
 
 pytestmark = pytest.mark.e2e
 
-NATIVE, REPACKED, PLAIN = CANDIDATES
+NATIVE, ATTENTION, REPACKED, PLAIN = CANDIDATES
 PREAMBLE = """\
 import json, os, signal, sys, time
 extra = sys.argv[1] != "plain"
@@ -58,20 +58,31 @@ def run(tmp_path: Path) -> Callable[[str], ProbeReport]:
 
 @pytest.fixture(autouse=True)
 def another_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that cannot have this package's own kernel, unless a test says otherwise."""
-    monkeypatch.setattr(module, "q8_backend_problem", lambda: "needs what this CPU has not")
+    """One that cannot have this package's own kernels, unless a test says otherwise."""
+    for kernel in ("q8_problem", "attention_problem"):
+        monkeypatch.setattr(module, kernel, lambda: "needs what this CPU has not")
 
 
 @pytest.fixture
 def capable_cpu(monkeypatch: pytest.MonkeyPatch, another_cpu: None) -> None:
-    monkeypatch.setattr(module, "q8_backend_problem", str)
+    for kernel in ("q8_problem", "attention_problem"):
+        monkeypatch.setattr(module, kernel, str)
 
 
 @pytest.mark.usefixtures("capable_cpu")
 def test_the_own_kernel_comes_first_where_it_can_run(run: Callable[[str], ProbeReport]) -> None:
     report = run("answer(GOOD)")
     assert report.chosen == NATIVE
-    assert [result.candidate for result in report.results] == [NATIVE, REPACKED, PLAIN]
+    assert [result.candidate for result in report.results] == [NATIVE, ATTENTION, REPACKED, PLAIN]
+
+
+def test_a_cpu_that_can_have_one_of_them_has_it(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[[str], ProbeReport]
+) -> None:
+    monkeypatch.setattr(module, "attention_problem", str)
+    report = run("answer(GOOD)")
+    assert report.chosen == ATTENTION
+    assert [result.candidate for result in report.results] == [ATTENTION, REPACKED, PLAIN]
 
 
 @pytest.mark.usefixtures("capable_cpu")
@@ -83,7 +94,7 @@ def test_the_own_kernel_comes_first_where_it_can_run(run: Callable[[str], ProbeR
     ],
 )
 def test_an_own_kernel_that_fails_or_lies_is_not_chosen(run: Callable[[str], ProbeReport], body: str) -> None:
-    assert run(body).chosen == REPACKED
+    assert run(body).chosen == ATTENTION
 
 
 def test_the_fastest_that_agrees_is_chosen(run: Callable[[str], ProbeReport]) -> None:
@@ -213,15 +224,16 @@ def test_a_data_directory_that_cannot_be_written_is_no_obstacle(tmp_path: Path) 
 
 def test_the_real_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On any machine it ends with kernels that work; here a crash of the faster ones is an answer, not an error."""
-    monkeypatch.setattr(module, "q8_backend_problem", q8_backend_problem)
+    monkeypatch.setattr(module, "q8_problem", q8_problem)
+    monkeypatch.setattr(module, "attention_problem", attention_problem)
     report = probe(tmp_path)
     chosen = next(result for result in report.results if result.candidate == report.chosen)
     assert chosen.ok, chosen.detail
     assert report.llama_version
     assert "=" in report.system_info
     assert probe(tmp_path).cached
-    if not q8_backend_problem():
-        assert report.chosen == NATIVE, report.results[0].detail
+    if not attention_problem():
+        assert report.chosen == (ATTENTION if q8_problem() else NATIVE), report.results[0].detail
 
 
 def test_the_real_child_answers_on_its_own() -> None:

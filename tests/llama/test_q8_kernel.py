@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarmcpp._native import q8_backend_problem, q8_product, register_q8_backend
+from swarmcpp._native import q8_problem, q8_product, register_kernels
 from swarmcpp.llama.lib import GGML_FUNCTIONS, address
 from swarmcpp.models.synthetic import TINY, write_model
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
-needs_kernel = pytest.mark.skipif(bool(q8_backend_problem()), reason=q8_backend_problem())
+needs_kernel = pytest.mark.skipif(bool(q8_problem()), reason=q8_problem())
 
 
 def matrix(rng: np.random.Generator, n_rows: int, n_blocks: int) -> Bytes:
@@ -114,7 +114,8 @@ def test_shapes_that_do_not_fit_are_refused(width: int, columns: int, out: tuple
 def test_a_ggml_without_what_is_needed_is_left_as_it_was() -> None:
     for name in GGML_FUNCTIONS:
         assert address(name)
-        assert "missing" in register_q8_backend({each: address(each) for each in GGML_FUNCTIONS if each != name})
+        others = {each: address(each) for each in GGML_FUNCTIONS if each != name}
+        assert "missing" in register_kernels(others, q8=True, attention=False)
     assert address("ggml_no_such_function") == 0
 
 
@@ -129,8 +130,8 @@ from swarmcpp.llama.context import Context, ContextOptions, Model
 
 path, kernel, threads = Path(sys.argv[1]), sys.argv[2] == "kernel", int(sys.argv[3])
 if kernel:
-    lib.use_q8_kernel()
-    lib.use_q8_kernel()
+    lib.use_kernels(q8=True, attention=False)
+    lib.use_kernels(q8=True, attention=False)
 model = Model(path, use_extra_bufts=True)
 context = Context(model, ContextOptions(n_ctx=256, n_seqs=12, n_threads=threads))
 backend = LlamaBackend(model, context)

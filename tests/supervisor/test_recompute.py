@@ -61,6 +61,7 @@ async def supervised(model: Path, open_cache: OpenCache | None) -> AsyncIterator
         # The plain kernels are safe on every CPU.
         use_extra_bufts=False,
         q8_kernel=False,
+        attention_kernel=False,
         prefill_chunk_tokens=128,
         prefill_budget_s=0.4,
         continuous_batching=True,

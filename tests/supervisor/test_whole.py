@@ -51,6 +51,7 @@ def options(model: Path, slots: int = 2, ctx_size: int = 512, budget_s: float = 
         # The plain kernels are safe on every CPU.
         use_extra_bufts=False,
         q8_kernel=False,
+        attention_kernel=False,
         prefill_chunk_tokens=128,
         prefill_budget_s=budget_s,
         continuous_batching=True,
