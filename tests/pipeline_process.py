@@ -14,9 +14,6 @@ from serve_process import STOP_DEADLINE_S, wait_until
 from swarm_process import Seat, SwarmNode, node
 
 FLAGS = ("--slots", "8", "--ctx-size", "2048")
-EXACT = {"SWARMCPP_INFERENCE_ACTIVATION_COMPRESSION": "off"}
-"""How fast a link looks depends on what else the machine does, and with it whether rows are rounded on the way."""
-
 CHAIN_S = 90.0
 """To see peers and have a chain through them."""
 
@@ -44,7 +41,7 @@ class Pipeline:
         if command:
             if name not in self.seats:
                 self.seats[name] = Seat(name, self._new_data_dir())
-            self._commands[name], self._env[name] = command, {**EXACT, **(env or {})}
+            self._commands[name], self._env[name] = command, env or {}
         started = node(self.seats[name], *self._commands[name], env=self._env[name])
         self.nodes[name] = self._stack.enter_context(started)
         return self.nodes[name]

@@ -123,12 +123,17 @@ class SwarmNode(ServeProcess):
         self._signal(signal.SIGCONT)
 
 
+EXACT = {"SWARMCPP_INFERENCE_ACTIVATION_COMPRESSION": "off", "SWARMCPP_INFERENCE_KV_WIRE": "f16"}
+"""How fast a link looks depends on what else the machine does, and with it whether rows and blocks are rounded on the
+way."""
+
+
 @contextmanager
 def node(seat: Seat, *command: str, env: Mapping[str, str] | None = None) -> Iterator[SwarmNode]:
     """`swarmcpp COMMAND` in a seat, just started; gone afterwards. `command` begins with serve MODEL or join."""
     home = Home()
     flags = ("--port", "0", "--threads", "1", "--cache-size", "16M", "--swarm-host", HOST, *seat.flags())
-    environment = home.environment({"SWARMCPP_SWARM_DISCOVERY": "false", **(env or {})})
+    environment = home.environment({"SWARMCPP_SWARM_DISCOVERY": "false", **EXACT, **(env or {})})
     try:
         with (home.path / "stdout").open("wb") as out, (home.path / "stderr").open("wb") as notes:
             process = subprocess.Popen(

@@ -21,7 +21,8 @@ from swarmcpp.models.synthetic import TINY, write_model
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
 
-needs_kernel = pytest.mark.skipif(bool(attention_problem()), reason=attention_problem())
+if problem := attention_problem():
+    pytest.skip(problem, allow_module_level=True)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,6 @@ def drawn(shape: tuple[int, int, int, int, int, int, int], seed: int) -> Case:
     return case(np.random.default_rng(seed), streams, kv_heads, group, rows, rows + more, dk, dv)
 
 
-@needs_kernel
 @given(shapes, st.sampled_from([8, 16, 64]), st.integers(0, 2**32 - 1))
 @settings(max_examples=60, deadline=None)
 def test_results_are_those_of_exact_sums(
@@ -93,7 +93,6 @@ def test_results_are_those_of_exact_sums(
     np.testing.assert_allclose(asked.ask(lanes), asked.exact(), rtol=0, atol=2e-5)
 
 
-@needs_kernel
 @given(shapes, st.integers(0, 2**32 - 1))
 @settings(max_examples=60, deadline=None)
 def test_a_row_gives_the_same_bits_in_any_company(shape: tuple[int, int, int, int, int, int, int], seed: int) -> None:
@@ -115,7 +114,6 @@ def test_a_row_gives_the_same_bits_in_any_company(shape: tuple[int, int, int, in
             assert np.array_equal(alone.ask(8)[:, 0], together[:, row])
 
 
-@needs_kernel
 def test_a_row_that_may_see_nothing_gives_zeros_and_harms_no_other() -> None:
     rng = np.random.default_rng(1)
     asked = case(rng, 1, 2, 3, 4, 150, 16, 16)
@@ -126,14 +124,12 @@ def test_a_row_that_may_see_nothing_gives_zeros_and_harms_no_other() -> None:
     assert np.array_equal(np.delete(got, 2, 1), np.delete(good, 2, 1))
 
 
-@needs_kernel
 def test_scores_that_are_far_apart_leave_one_value() -> None:
     asked = case(np.random.default_rng(2), 1, 1, 1, 1, 200, 8, 8)
     asked.keys[0, 0, 137] = asked.queries[0, 0, 0].astype(np.float16) * np.float16(1000)
     np.testing.assert_array_equal(asked.ask()[0, 0, 0], asked.values[0, 0, 137].astype(np.float32))
 
 
-@needs_kernel
 def test_what_is_not_finite_stays_so_in_its_row_alone() -> None:
     asked = case(np.random.default_rng(3), 1, 1, 2, 5, 100, 16, 16)
     good = asked.ask()
@@ -142,16 +138,6 @@ def test_what_is_not_finite_stays_so_in_its_row_alone() -> None:
     assert np.isnan(got[0, 3, 1]).all()
     got[0, 3, 1] = good[0, 3, 1]
     assert np.array_equal(got, good)
-
-
-@pytest.mark.parametrize("wrong", ["keys", "values", "mask", "lanes"])
-def test_shapes_that_do_not_fit_are_refused(wrong: str) -> None:
-    asked = case(np.random.default_rng(4), 1, 1, 2, 3, 20, 16, 16)
-    arrays = {"keys": asked.keys, "values": asked.values, "mask": asked.mask}
-    if wrong in arrays:
-        arrays[wrong] = np.ascontiguousarray(arrays[wrong][..., :15] if wrong == "mask" else arrays[wrong][:, :, :15])
-    with pytest.raises(ValueError, match="shapes"):
-        Case(asked.queries, **arrays).ask(9 if wrong == "lanes" else 8)
 
 
 CHILD = """
@@ -190,13 +176,11 @@ def logits(model: Path, *arguments: str) -> list[Floats]:
     return [np.array(each, np.float32) for each in json.loads(child.stdout)]
 
 
-@needs_kernel
 def test_a_ggml_without_what_is_needed_is_left_as_it_was() -> None:
     others = {each: address(each) for each in GGML_FUNCTIONS if each != "ggml_flash_attn_ext"}
     assert "missing" in register_kernels(others, q8=False, attention=True)
 
 
-@needs_kernel
 @pytest.mark.e2e
 def test_llama_cpp_uses_it_and_a_guess_gives_the_bits_of_a_token_alone(tmp_path: Path) -> None:
     # Q8_0, whose products give a row the same bits in any company: what could differ is attention.
