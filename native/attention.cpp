@@ -71,7 +71,8 @@ struct Lanes {
 // eight terms of its series: off by less than 1e-8. ln 2 is taken off in two parts (Cody and Waite), the first with few
 // bits.
 inline __m256 exponential(__m256 x) {
-    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    constexpr int NEAREST = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), NEAREST);
     const __m256 bounded = _mm256_max_ps(n, _mm256_set1_ps(-126.0f));
     __m256 r = _mm256_fnmadd_ps(bounded, _mm256_set1_ps(0.693359375f), x);
     r = _mm256_fnmadd_ps(bounded, _mm256_set1_ps(-2.12194440e-4f), r);
@@ -147,7 +148,10 @@ struct Scratch {
     float *keys, *values, *mask, *queries;
 
     Scratch(const Attention &call, float *at)
-        : keys(at), values(keys + BLOCK * call.dk), mask(values + BLOCK * call.dv), queries(mask + BLOCK * Lanes<2>::WIDTH) {}
+        : keys(at),
+          values(keys + BLOCK * call.dk),
+          mask(values + BLOCK * call.dv),
+          queries(mask + BLOCK * Lanes<2>::WIDTH) {}
 };
 
 struct State {

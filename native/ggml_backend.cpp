@@ -214,7 +214,9 @@ void attend(Work &work, const Attention &call) {
     }
     const size_t size = attention_state(call, lanes);
     work.states.resize(std::max(work.states.size(), static_cast<size_t>(n * (chunks + 1)) * size));
-    const auto state = [&](int64_t i, int64_t chunk) { return work.states.data() + static_cast<size_t>(i * (chunks + 1) + chunk) * size; };
+    const auto state = [&](int64_t i, int64_t chunk) {
+        return work.states.data() + static_cast<size_t>(i * (chunks + 1) + chunk) * size;
+    };
     on_threads(work.n_threads, n * chunks, [&](int64_t at, int thread) {
         attention_chunk(call, items(at / chunks), at % chunks, scratch(thread), state(at / chunks, at % chunks));
     });
