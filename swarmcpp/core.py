@@ -28,9 +28,9 @@ DrafterName = Literal["prediction", "ngram", "draft", "skip"]
 """Who guesses ahead: what the client predicts, what followed the same tokens before, a smaller model, and the model
 itself without some of its layers."""
 
-MAX_GAMMA: Final = 32
-"""Guesses that a pass verifies of one sequence at most. Far below a tile, which takes less time than half as many rows
-but rounds differently: what comes out would depend on what was guessed."""
+MAX_GAMMA: Final = 31
+"""Guesses that a pass verifies of one sequence at most. Far below the 64 rows from which on llama.cpp's attention
+rounds differently: what comes out would depend on what was guessed."""
 
 MAX_OUTPUTS: Final = 48
 """Rows of a call whose logits are wanted, unless there are more sequences; each costs a float for every word of the

@@ -41,8 +41,9 @@ MEMORY_OF_ALL: Final = 0.995
 LONGEST_RUN: Final = 32
 """More tokens in a row that were foreseen say nothing more."""
 
-LADDER: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24)
-"""Numbers of guesses that are weighed, beside the most that there may be."""
+LADDER: Final = (1, 2, 3, 5, 7, 11, 15, 23)
+"""Numbers of guesses that are weighed, beside the most that there may be. With the row before them most are whole tiles
+of 8 or 16 rows, in which kernels compute."""
 
 WORTH: Final = 1.02
 """What speculation must win by on paper: its measures are moving averages of few passes."""

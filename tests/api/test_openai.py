@@ -400,7 +400,7 @@ def test_who_guesses_ahead_and_how_far() -> None:
     assert chat(speculative={"gamma": 0}).gamma == 0
     with pytest.raises(BadRequest, match=r"speculative.drafter is 'oracle'; it must be one of none"):
         chat(speculative={"drafter": "oracle"})
-    with pytest.raises(BadRequest, match=r"gamma is 33; it must be from 0 to 32"):
-        chat(speculative={"gamma": 33})
+    with pytest.raises(BadRequest, match=r"gamma is 32; it must be from 0 to 31"):
+        chat(speculative={"gamma": 32})
     with pytest.raises(UnsupportedField, match=r"speculative has 'depth'"):
         chat(speculative={"depth": 2})

@@ -12,7 +12,7 @@ from engine_support import part_of, request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcpp.core import Chunk, DrafterName, Token
+from swarmcpp.core import MAX_GAMMA, Chunk, DrafterName, Token
 from swarmcpp.engine.drafting import Draft
 from swarmcpp.engine.scheduler import CostModel
 from swarmcpp.engine.sequence import Generation
@@ -219,7 +219,7 @@ def test_more_that_must_guess_than_there_is_room_for_guess_nothing() -> None:
 def test_no_row_stands_behind_the_end_of_a_sequence() -> None:
     rig = Rig(length=32, n_ctx=600)
     generation = rig.generations[0]
-    generation.request = replace(generation.request, drafter="ngram", gamma=32)
+    generation.request = replace(generation.request, drafter="ngram", gamma=MAX_GAMMA)
     generation.tokens = [0] * 580
     ((chunk,),) = rig.widen()
     assert (chunk.start, chunk.count) == (579, 21)
