@@ -14,7 +14,7 @@ from serve_process import STOP_DEADLINE_S, wait_until
 from swarm_process import Seat, SwarmNode, node
 
 FLAGS = ("--slots", "8", "--ctx-size", "2048")
-CHAIN_S = 90.0
+CHAIN_S = 180.0
 """To see peers and have a chain through them."""
 
 
