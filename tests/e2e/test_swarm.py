@@ -147,16 +147,21 @@ def test_a_swarm_port_that_is_taken(tiny: Path, data_dir: Path) -> None:
         taken.listen()
         line = refused(seat, "serve", str(tiny))
         assert str(seat.port) in line and "--swarm-port" in line
-    # Whoever has the default port already, this node must do with another one.
     with ExitStack() as stack:
         holder = stack.enter_context(socket.socket())
         # What an earlier node's connections left behind must not keep this from holding the port.
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            holder.bind((HOST, DEFAULT_PORT))
-            holder.listen()
-        except OSError:
-            pass
+
+        def held() -> bool:
+            try:
+                holder.bind((HOST, DEFAULT_PORT))
+            except OSError:
+                return False
+            return True
+
+        # Whoever has it at this moment, a node of another test, may let it go before this one's looks for it.
+        wait_until(held, "the default port is free")
+        holder.listen()
         with ready(Seat("Ann", data_dir, DEFAULT_PORT), "serve", str(tiny), *FLAGS) as ann:
             (address,) = JoinToken.parse(ann.token).addresses
             assert address.port != DEFAULT_PORT
@@ -211,7 +216,7 @@ async def test_eight_users_are_shared_out(three: Swarm, http: aiohttp.ClientSess
         assert [each.text for each in found] == [each.text for each in alone]
         routes |= {each.route for each in found}
     assert {"local", "peer Ann"} <= routes
-    wait_until(lambda: ann.get("/health")[1]["slots_busy"] == bob.get("/health")[1]["slots_busy"] == 0, "idle", 10.0)
+    wait_until(lambda: ann.get("/health")[1]["slots_busy"] == bob.get("/health")[1]["slots_busy"] == 0, "idle")
 
 
 # -- what was read elsewhere -----------------------------------------------------------------------------------------
